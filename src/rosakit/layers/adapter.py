@@ -1,0 +1,235 @@
+"""`RosaAdapter`: projections, the operator, and the output projection (semantics section 4)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rosakit import symbols
+from rosakit.errors import InvalidInputError
+from rosakit.layers.context import RosaContext
+from rosakit.ops.estimators import registry
+from rosakit.ops.match import check_options as check_match_options
+from rosakit.ops.retrieve import retrieve
+from rosakit.ops.rosa import rosa
+from rosakit.ops.types import NO_MATCH, Granularity, Match, Successor, Unmatched
+
+Inject = Literal["post_attn", "pre_attn"]
+Address = Literal["learned", "token"]
+
+
+class RosaAdapter(nn.Module):
+    """Reads long-range values for one decoder layer and returns what to inject.
+
+    ``q, k, v = W_q u, W_k u, W_v u``; symbols; match; ``y``; ``inj = W_o y`` with ``u`` the
+    normalised hidden state that the layer's attention reads.
+
+    Initialisation: ``W_o = 0``, so the wrapped model is unchanged bit for bit, while
+    ``e1 = -e0 = 1`` makes ``y`` nonzero: ``W_o`` has a gradient at the first step and every other
+    parameter from the second on. With ``tied_start`` the key projection starts as a copy of the
+    query projection, so that equal contexts have equal symbols and matches exist; the two are
+    trained separately.
+
+    Args:
+        hidden_size: width of the model.
+        bits: bits per route, 1..16.
+        routes: number of routes; None for ``hidden_size // bits``.
+        estimator, estimator_options: see :func:`rosakit.ops.rosa`.
+        inject: where the result goes; "pre_attn" adds a learned scalar `alpha`.
+        unmatched, granularity, successor, max_length, min_length: see :func:`rosakit.ops.rosa`.
+        own_value: adds the position's own value as a second input of ``W_o``.
+        retrieve: False is the control: every retrieved value is the position's own.
+        address: "learned" (projections q and k), or "token": the exact token-id match, shared by
+            all routes; then the adapter has no q and k.
+        tied_start: start the key projection as a copy of the query projection.
+        layer_index: the decoder layer that the adapter belongs to.
+
+    Raises:
+        InvalidInputError: sizes or options that do not fit.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        bits: int = 4,
+        routes: int | None = None,
+        estimator: str = "counterfactual",
+        estimator_options: dict[str, Any] | None = None,
+        inject: Inject = "post_attn",
+        unmatched: Unmatched = "zero",
+        granularity: Granularity = "token",
+        successor: Successor = "available",
+        max_length: int | None = None,
+        min_length: int = 1,
+        own_value: bool = False,
+        retrieve: bool = True,
+        address: Address = "learned",
+        tied_start: bool = True,
+        layer_index: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if routes is None:
+            routes = symbols.routes_of(hidden_size, bits)
+        symbols.symbol_dtype(bits)
+        if routes < 1:
+            raise InvalidInputError(f"routes must be at least 1, got {routes}")
+        for name, value, allowed in (
+            ("inject", inject, ("post_attn", "pre_attn")),
+            ("unmatched", unmatched, ("zero", "self", "null")),
+            ("address", address, ("learned", "token")),
+        ):
+            if value not in allowed:
+                raise InvalidInputError(f"{name} must be one of {allowed}, got {value!r}")
+        if address == "token" and granularity != "token":
+            raise InvalidInputError("address='token' matches token ids; use granularity='token'")
+        check_match_options(granularity, successor, max_length, min_length, bits, "auto")
+        registry.check_options(estimator, estimator_options or {})
+        self.hidden_size, self.bits, self.routes = hidden_size, bits, routes
+        self.estimator, self.estimator_options = estimator, dict(estimator_options or {})
+        self.inject, self.unmatched = inject, unmatched
+        self.granularity, self.successor = granularity, successor
+        self.max_length, self.min_length = max_length, min_length
+        self.own_value, self.retrieve, self.address = own_value, retrieve, address
+        self.tied_start, self.layer_index = tied_start, layer_index
+
+        channels = routes * bits
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = self.k_proj = None
+        if address == "learned":
+            self.q_proj = nn.Linear(hidden_size, channels, bias=False, **options)
+            self.k_proj = nn.Linear(hidden_size, channels, bias=False, **options)
+        self.v_proj = nn.Linear(hidden_size, channels, bias=False, **options)
+        self.o_proj = nn.Linear(channels, hidden_size, bias=False, **options)
+        self.own_proj = (
+            nn.Linear(channels, hidden_size, bias=False, **options) if own_value else None
+        )
+        self.e0 = nn.Parameter(torch.empty(channels, **options))
+        self.e1 = nn.Parameter(torch.empty(channels, **options))
+        self.e_null = (
+            nn.Parameter(torch.empty(channels, **options)) if unmatched == "null" else None
+        )
+        self.alpha = nn.Parameter(torch.empty((), **options)) if inject == "pre_attn" else None
+        self.reset_parameters()
+
+    @property
+    def channels(self) -> int:
+        """Width ``R * M`` of q, k, v and y."""
+        return self.routes * self.bits
+
+    def reset_parameters(self) -> None:
+        """The function-preserving start described in the class."""
+        with torch.no_grad():
+            for projection in (self.q_proj, self.k_proj, self.v_proj):
+                if projection is not None:
+                    nn.init.normal_(projection.weight, std=self.hidden_size**-0.5)
+            if self.tied_start and self.q_proj is not None and self.k_proj is not None:
+                self.k_proj.weight.copy_(self.q_proj.weight)
+            self.o_proj.weight.zero_()
+            if self.own_proj is not None:
+                self.own_proj.weight.zero_()
+            self.e0.fill_(-1.0)
+            self.e1.fill_(1.0)
+            if self.e_null is not None:
+                self.e_null.zero_()
+            if self.alpha is not None:
+                # sigmoid(-4) = 2%: the mix starts close to the attention's own input. Since
+                # pre_attn scales the residual as well, attach() skips the mix while W_o is zero.
+                self.alpha.fill_(-4.0)
+
+    def forward(self, u: Tensor, context: RosaContext) -> Tensor:
+        """What to inject: ``[B, T, H]`` from the normalised hidden states ``u [B, T, H]``."""
+        v = self.v_proj(u)
+        y, match = self._read(u, v, context)
+        if context.record and match is not None:
+            context.matches[self.layer_index] = match
+        out: Tensor = self.o_proj(y)
+        if self.own_proj is not None:
+            out = out + self.own_proj(self._own(v))
+        return out
+
+    def _own(self, v: Tensor) -> Tensor:
+        """Every position's own value: the read of a stream that matches itself."""
+        length = v.shape[1]
+        own = torch.arange(length, device=v.device, dtype=torch.int32)
+        own = own.expand(v.shape[0], self.routes, length)
+        return retrieve(v, own, self.e0, self.e1, bits=self.bits)
+
+    def _read(self, u: Tensor, v: Tensor, context: RosaContext) -> tuple[Tensor, Match | None]:
+        if not self.retrieve:
+            return self._own(v), None
+        if context.states is not None:
+            return self._read_streaming(u, v, context)
+        if self.address == "token":
+            match = self._token_match(context)
+            y = retrieve(
+                v,
+                match.position.expand(-1, self.routes, -1),
+                self.e0,
+                self.e1,
+                bits=self.bits,
+                unmatched=self.unmatched,
+                e_null=self.e_null,
+            )
+            return y, match
+        assert self.q_proj is not None
+        assert self.k_proj is not None
+        return rosa(
+            self.q_proj(u),
+            self.k_proj(u),
+            v,
+            self.e0,
+            self.e1,
+            bits=self.bits,
+            estimator=self.estimator,
+            unmatched=self.unmatched,
+            e_null=self.e_null,
+            granularity=self.granularity,
+            successor=self.successor,
+            max_length=self.max_length,
+            min_length=self.min_length,
+            segment_starts=context.segment_starts,
+            return_match=True,
+            **self.estimator_options,
+        )
+
+    def _token_match(self, context: RosaContext) -> Match:
+        if context.token_match is None:
+            raise InvalidInputError(
+                "address='token' needs the token ids of this forward pass; call the model with "
+                "input_ids instead of inputs_embeds, or use address='learned'"
+            )
+        match = context.token_match
+        short = match.length < self.min_length
+        return Match(
+            match.position.masked_fill(short, NO_MATCH), match.length.masked_fill(short, 0)
+        )
+
+    def _read_streaming(
+        self, u: Tensor, v: Tensor, context: RosaContext
+    ) -> tuple[Tensor, Match | None]:
+        """The same numbers as a whole-sequence pass, from the state of a cache."""
+        assert context.states is not None
+        state = context.states.adapter(self, v.shape[0], v.device)
+        if self.address == "token":
+            match = self._token_match(context)
+        else:
+            assert self.q_proj is not None
+            assert self.k_proj is not None
+            match = state.match(
+                symbols.pack(self.q_proj(u), self.bits),
+                symbols.pack(self.k_proj(u), self.bits),
+                context.mask,
+            )
+        return state.read(v, match, self.e0, self.e1, self.e_null, context.mask), match
+
+    def extra_repr(self) -> str:
+        return (
+            f"bits={self.bits}, routes={self.routes}, estimator={self.estimator!r}, "
+            f"inject={self.inject!r}, address={self.address!r}, own_value={self.own_value}, "
+            f"retrieve={self.retrieve}"
+        )

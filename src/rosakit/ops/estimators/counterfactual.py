@@ -1,0 +1,333 @@
+"""`counterfactual`: would the other value of this bit have read something better?
+
+ROSA-Tuning's estimator (semantics 3.1). For every query position and bit ``m`` the operator also
+finds the position that is read when bit ``m`` of the query's last symbol is flipped. The gradient
+of the bit is the difference between what the two positions hold, weighted by the loss's slope.
+
+With ``theta = g * (e1 - e0)``, ``vf`` the value read softly (``sigmoid(v)``) or as its hard bit,
+and ``S(p) = sum_c theta[t, c] * vf[p, c]`` over the channels ``c`` of the route, a null giving 0::
+
+    dq[t, m]  = p_q (1 - p_q) * (S(pos with bit 1) - S(pos with bit 0))
+    dk[l*, m] = p_k (1 - p_k) * (sum over t of S(l) [pos^(m,1)(t) = l] - the same for bit 0)
+
+Per bit one of the two positions is the factual one, so ``M + 1`` gathers of ``[B, R, T, M]`` do.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rosakit import symbols
+from rosakit.errors import InvalidInputError
+from rosakit.ops import rows
+from rosakit.ops.estimators.registry import MatchOptions, register
+from rosakit.ops.retrieve import retrieve_backward, retrieve_forward
+from rosakit.ops.types import Match, Unmatched
+
+KeyCredit = Literal["matched", "successor"]
+
+
+@register("counterfactual")
+def counterfactual(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    e0: Tensor,
+    e1: Tensor,
+    *,
+    bits: int,
+    match: MatchOptions,
+    unmatched: Unmatched = "zero",
+    e_null: Tensor | None = None,
+    key_credit: KeyCredit = "matched",
+    soft_values: bool = True,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Match]:
+    """Hard retrieval forward, counterfactual gradients backward.
+
+    Args:
+        q, k, v: ``[B, T, C]``.
+        e0, e1: ``[C]``.
+        key_credit: "matched" credits the key that was compared, "successor" the position that was
+            read (the published rule).
+        soft_values: contrast ``sigmoid(v)`` (default) or the hard bits.
+        temperature: ``T`` of ``p = sigmoid(T x)`` for the slopes of q and k.
+
+    Returns:
+        ``y [B, T, C]`` and the match that it read.
+
+    Raises:
+        InvalidInputError: an unknown `key_credit` or a temperature that is not positive.
+    """
+    if key_credit not in ("matched", "successor"):
+        raise InvalidInputError(f"key_credit must be 'matched' or 'successor', got {key_credit!r}")
+    if not temperature > 0:
+        raise InvalidInputError(f"temperature must be positive, got {temperature}")
+    credit = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    y, position, length, cf = torch.ops.rosakit.counterfactual(
+        q,
+        k,
+        v,
+        e0,
+        e1,
+        e_null,
+        match.segment_starts,
+        bits,
+        match.granularity,
+        match.successor,
+        match.max_length or 0,
+        match.min_length,
+        match.backend,
+        unmatched,
+        credit,
+        key_credit,
+        soft_values,
+        temperature,
+    )
+    return y, Match(position, length, cf if credit else None)
+
+
+def credit_naive(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    e0: Tensor,
+    e1: Tensor,
+    position: Tensor,
+    cf_position: Tensor,
+    segment_starts: Tensor | None,
+    *,
+    bits: int,
+    granularity: str,
+    unmatched: str,
+    key_credit: str,
+    soft_values: bool,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """The definition above, line by line: ``dq, dk [B, T, C]``.
+
+    Args:
+        grad, q, k, v: ``[B, T, C]``.
+        position: int32 ``[B, R, T]``.
+        cf_position: int32 ``[B, R, T, M]``.
+    """
+    batch, length, _ = q.shape
+    work = torch.promote_types(grad.dtype, torch.float32)
+    theta = rows.to_rows(grad.to(work) * (e1.to(work) - e0.to(work)), bits)
+    value = v.to(work).sigmoid() if soft_values else symbols.binarize(v).to(work)
+    value = rows.add_null_row(rows.to_rows(value, bits))
+    sign = rows.to_rows(torch.where(q > 0, 1.0, -1.0).to(work), bits)  # +1: the factual bit is 1
+
+    read = rows.row_index(rows.effective_position(position, unmatched))
+    factual = (theta * value[read]).sum(1)
+    slope_q = torch.empty_like(theta)
+    slope_k = torch.empty_like(theta)
+    for m in range(bits):
+        flipped_position = rows.effective_position(cf_position[..., m], unmatched)
+        flipped_read = rows.row_index(flipped_position)
+        flipped = (theta * value[flipped_read]).sum(1)
+        slope_q[:, m] = sign[:, m] * (factual - flipped)
+        to_key = _credited_rows(position, k, segment_starts, bits, granularity, key_credit)
+        to_flipped_key = _credited_rows(
+            cf_position[..., m], k, segment_starts, bits, granularity, key_credit
+        )
+        slope_k[:, m] = rows.scatter_rows(sign[:, m] * factual, to_key) - rows.scatter_rows(
+            sign[:, m] * flipped, to_flipped_key
+        )
+    dq = rows.from_rows(slope_q, batch, length) * _slope(q, temperature, work)
+    dk = rows.from_rows(slope_k, batch, length) * _slope(k, temperature, work)
+    return dq.to(q.dtype), dk.to(k.dtype)
+
+
+def _slope(x: Tensor, temperature: float, work: torch.dtype) -> Tensor:
+    p = (temperature * x.to(work)).sigmoid()
+    return p * (1 - p)
+
+
+def _credited_rows(
+    position: Tensor,
+    k: Tensor,
+    segment_starts: Tensor | None,
+    bits: int,
+    granularity: str,
+    key_credit: str,
+) -> Tensor:
+    """Rows ``[B * R * T]`` of the key that a match at `position` credits."""
+    if key_credit == "successor":
+        return rows.row_index(position)
+    if granularity == "token":
+        return rows.row_index(torch.where(position > 0, position - 1, -1))
+    starts = _run_starts(symbols.pack(k, bits), segment_starts)
+    before = starts.gather(2, (position - 1).clamp(min=0).to(torch.int64))
+    return rows.row_index(torch.where(position > 0, before, -1))
+
+
+def _run_starts(key_symbols: Tensor, segment_starts: Tensor | None) -> Tensor:
+    """For every position the start of the key run that holds it, int32 ``[B, R, T]``."""
+    if key_symbols.dtype == torch.uint16:
+        key_symbols = key_symbols.to(torch.int32)
+    own = torch.arange(key_symbols.shape[-1], device=key_symbols.device, dtype=torch.int32)
+    new = torch.ones_like(key_symbols, dtype=torch.bool)
+    new[..., 1:] = key_symbols[..., 1:] != key_symbols[..., :-1]
+    if segment_starts is not None:
+        new |= (segment_starts == own)[:, None]
+    return torch.where(new, own, 0).cummax(dim=-1).values.to(torch.int32)
+
+
+# --- the operator ------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("rosakit::counterfactual", mutates_args=())
+def _counterfactual_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    e0: Tensor,
+    e1: Tensor,
+    e_null: Tensor | None,
+    segment_starts: Tensor | None,
+    bits: int,
+    granularity: str,
+    successor: str,
+    max_length: int,
+    min_length: int,
+    backend: str,
+    unmatched: str,
+    credit: bool,
+    key_credit: str,
+    soft_values: bool,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    position, length, cf = torch.ops.rosakit.suffix_match(
+        symbols.pack(q, bits),
+        symbols.pack(k, bits),
+        segment_starts,
+        granularity,
+        successor,
+        max_length,
+        min_length,
+        bits if credit else 0,
+        backend,
+    )
+    y = retrieve_forward(v, position, e0, e1, e_null, bits, unmatched)
+    return y, position, length, cf
+
+
+@_counterfactual_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    e0: Tensor,
+    e1: Tensor,
+    e_null: Tensor | None,
+    segment_starts: Tensor | None,
+    bits: int,
+    granularity: str,
+    successor: str,
+    max_length: int,
+    min_length: int,
+    backend: str,
+    unmatched: str,
+    credit: bool,
+    key_credit: str,
+    soft_values: bool,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, length, channels = q.shape
+    shape = (batch, channels // bits, length)
+    position = q.new_empty(shape, dtype=torch.int32)
+    cf = q.new_empty((*shape, bits if credit else 0), dtype=torch.int32)
+    y = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return y, position, torch.empty_like(position), cf
+
+
+@torch.library.custom_op("rosakit::counterfactual_backward", mutates_args=())
+def _counterfactual_backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    e0: Tensor,
+    e1: Tensor,
+    position: Tensor,
+    cf_position: Tensor,
+    segment_starts: Tensor | None,
+    bits: int,
+    granularity: str,
+    unmatched: str,
+    key_credit: str,
+    soft_values: bool,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dv, de0, de1, de_null = retrieve_backward(grad, v, position, e0, e1, bits, unmatched)
+    if cf_position.shape[-1] == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), dv, de0, de1, de_null
+    dq, dk = credit_naive(
+        grad,
+        q,
+        k,
+        v,
+        e0,
+        e1,
+        position,
+        cf_position,
+        segment_starts,
+        bits=bits,
+        granularity=granularity,
+        unmatched=unmatched,
+        key_credit=key_credit,
+        soft_values=soft_values,
+        temperature=temperature,
+    )
+    return dq, dk, dv, de0, de1, de_null
+
+
+@_counterfactual_backward_op.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    e0: Tensor,
+    e1: Tensor,
+    position: Tensor,
+    cf_position: Tensor,
+    segment_starts: Tensor | None,
+    bits: int,
+    granularity: str,
+    unmatched: str,
+    key_credit: str,
+    soft_values: bool,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(x: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    work = torch.promote_types(grad.dtype, torch.float32)
+    return like(q), like(k), like(v), like(e0), like(e1), e0.new_empty(e0.shape, dtype=work)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, e0, e1, e_null, segment_starts, bits, granularity = inputs[:9]
+    _, position, length, cf = output
+    ctx.mark_non_differentiable(position, length, cf)
+    ctx.save_for_backward(q, k, v, e0, e1, position, cf, segment_starts)
+    ctx.null_dtype = None if e_null is None else e_null.dtype
+    ctx.options = (bits, granularity, inputs[13], *inputs[15:18])
+
+
+def _backward(ctx, grad, *_: Any):  # type: ignore[no-untyped-def]
+    q, k, v, e0, e1, position, cf, segment_starts = ctx.saved_tensors
+    dq, dk, dv, de0, de1, de_null = torch.ops.rosakit.counterfactual_backward(
+        grad, q, k, v, e0, e1, position, cf, segment_starts, *ctx.options
+    )
+    de_null = None if ctx.null_dtype is None else de_null.to(ctx.null_dtype)
+    return dq, dk, dv, de0, de1, de_null, *[None] * 12
+
+
+_counterfactual_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,130 @@
+"""`rosa`: the whole operator behind one function, like scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+from torch import Tensor
+
+from rosakit.errors import InvalidInputError, InvalidTypeError
+from rosakit.ops import segments
+from rosakit.ops.estimators import registry
+from rosakit.ops.match import check_options as check_match_options
+from rosakit.ops.retrieve import check_values
+from rosakit.ops.types import Backend, Granularity, Match, Successor, Unmatched
+
+
+@overload
+def rosa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    e0: Tensor,
+    e1: Tensor,
+    *,
+    bits: int,
+    return_match: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Match]: ...
+@overload
+def rosa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    e0: Tensor,
+    e1: Tensor,
+    *,
+    bits: int,
+    return_match: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+def rosa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    e0: Tensor,
+    e1: Tensor,
+    *,
+    bits: int,
+    estimator: str = "counterfactual",
+    unmatched: Unmatched = "zero",
+    e_null: Tensor | None = None,
+    granularity: Granularity = "token",
+    successor: Successor = "available",
+    max_length: int | None = None,
+    min_length: int = 1,
+    attention_mask: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    document_ids: Tensor | None = None,
+    segment_starts: Tensor | None = None,
+    backend: Backend = "auto",
+    return_match: bool = False,
+    **estimator_options: Any,
+) -> Tensor | tuple[Tensor, Match]:
+    """ROSA on real-valued channels: binarise, match suffixes, read the successor's value bits.
+
+    ``y[t] = e0 + (e1 - e0) * (v[position(t)] > 0)`` where route ``r`` of the query (channels
+    ``r * bits .. r * bits + bits - 1`` of `q`) matched; `unmatched` decides the rest.
+
+    Args:
+        q, k, v: ``[B, T, C]`` floating point, one dtype and device, ``C = R * bits``.
+        e0, e1: ``[C]``, the values that a 0 bit and a 1 bit inject.
+        bits: bits per route, 1..16.
+        estimator: how gradients flow; see ``rosakit.ops.estimators.names()``.
+        unmatched: "zero", "self" or "null" (needs `e_null` ``[C]``).
+        granularity, successor, max_length, min_length, attention_mask, lengths, cu_seqlens,
+            document_ids, segment_starts, backend: as in :func:`rosakit.ops.suffix_match`.
+        return_match: also return the :class:`Match` that was read.
+        **estimator_options: options of the estimator.
+
+    Returns:
+        ``y [B, T, C]`` in the dtype of `v`, or ``(y, match)``.
+
+    Raises:
+        InvalidTypeError: a dtype does not fit.
+        InvalidInputError: a shape, option or mask does not fit.
+    """
+    if not q.shape == k.shape == v.shape:
+        raise InvalidInputError(
+            f"q, k and v must have one shape [B, T, C]; got {list(q.shape)}, {list(k.shape)} "
+            f"and {list(v.shape)}"
+        )
+    if not (q.is_floating_point() and k.is_floating_point()):
+        raise InvalidTypeError(f"q and k must be floating point, got {q.dtype} and {k.dtype}")
+    if not q.device == k.device == v.device:
+        raise InvalidTypeError(f"q, k and v are on {q.device}, {k.device} and {v.device}")
+    check_values(v, e0, e1, bits, unmatched, e_null)
+    check_match_options(granularity, successor, max_length, min_length, bits, backend)
+    registry.check_options(estimator, estimator_options)
+    starts = segments.resolve(
+        q.shape[0],
+        q.shape[1],
+        attention_mask=attention_mask,
+        lengths=lengths,
+        cu_seqlens=cu_seqlens,
+        document_ids=document_ids,
+        segment_starts=segment_starts,
+    )
+    options = registry.MatchOptions(
+        granularity,
+        successor,
+        max_length,
+        min_length,
+        None if starts is None else starts.to(q.device),
+        backend,
+    )
+    y, match = registry.get(estimator)(
+        q,
+        k,
+        v,
+        e0,
+        e1,
+        bits=bits,
+        match=options,
+        unmatched=unmatched,
+        e_null=e_null,
+        **estimator_options,
+    )
+    return (y, match) if return_match else y
