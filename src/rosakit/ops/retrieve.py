@@ -95,10 +95,10 @@ def retrieve_forward(
     position = rows.effective_position(position, unmatched)
     dtype = v.dtype
     y = torch.where(read_bits(v, position, bits), e1.to(dtype), e0.to(dtype))
-    if unmatched == "self":
-        return y
-    fill = y.new_zeros(()) if e_null is None else e_null.to(dtype)
-    return torch.where(rows.channel_mask(position, bits), y, fill)
+    if unmatched != "self":
+        fill = y.new_zeros(()) if e_null is None else e_null.to(dtype)
+        y = torch.where(rows.channel_mask(position, bits), y, fill)
+    return y.contiguous()  # what the fake kernel promises, and what the next product wants
 
 
 def retrieve_backward(
@@ -127,7 +127,8 @@ def retrieve_backward(
     summed = rows.scatter_rows(rows.to_rows(theta, bits), rows.row_index(position))
     p = v.to(work).sigmoid()
     dv = p * (1 - p) * rows.from_rows(summed, v.shape[0], v.shape[1])
-    return dv.to(v.dtype), (de_matched - de1).to(e0.dtype), de1.to(e1.dtype), de_null
+    dv = dv.to(v.dtype).contiguous()
+    return dv, (de_matched - de1).to(e0.dtype), de1.to(e1.dtype), de_null
 
 
 # --- the operator ------------------------------------------------------------------------------

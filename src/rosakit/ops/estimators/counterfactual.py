@@ -140,7 +140,7 @@ def credit_naive(
         )
     dq = rows.from_rows(slope_q, batch, length) * _slope(q, temperature, work)
     dk = rows.from_rows(slope_k, batch, length) * _slope(k, temperature, work)
-    return dq.to(q.dtype), dk.to(k.dtype)
+    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous()
 
 
 def _slope(x: Tensor, temperature: float, work: torch.dtype) -> Tensor:
