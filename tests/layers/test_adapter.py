@@ -1,0 +1,131 @@
+"""`RosaAdapter`: function-preserving start, living gradients, the control, token addresses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rosakit.errors import InvalidInputError
+from rosakit.layers import RosaAdapter, RosaContext
+from rosakit.layers.token_match import best_successors
+from rosakit.ops import suffix_match
+from rosakit.ops.oracle import retrieve_oracle
+from rosakit.ops.types import Match
+from rosakit.symbols import pack
+
+
+def token_context(ids):
+    found = best_successors(ids, 1)
+    return RosaContext(
+        input_ids=ids,
+        token_match=Match(found.position[:, None, :, 0], found.length[:, None, :, 0]),
+    )
+
+
+VARIANTS = {
+    "default": {},
+    "pre_attn": {"inject": "pre_attn"},
+    "null": {"unmatched": "null"},
+    "self": {"unmatched": "self"},
+    "own_value": {"own_value": True},
+    "run": {"granularity": "run"},
+    "untied": {"tied_start": False},
+    "token": {"address": "token"},
+    "narrow": {"routes": 2},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_starts_silent_and_no_parameter_is_stuck(name):
+    """Fault 8 of public code: e0 = e1 gives q, k and v no gradient.
+
+    Ours: zero output at the start, a gradient for W_o at once and for everything after one step.
+    """
+    torch.manual_seed(0)
+    adapter = RosaAdapter(16, **VARIANTS[name])
+    ids = torch.randint(0, 3, (2, 40))
+    context = token_context(ids)
+    embedding = torch.randn(3, 16)
+    u = embedding[ids] + 0.1 * torch.randn(2, 40, 16)
+    target = torch.randn(2, 40, 16)
+    out = adapter(u, context)
+    assert out.shape == u.shape
+    assert not out.any()
+
+    outputs = [adapter.o_proj, *([adapter.own_proj] if adapter.own_proj is not None else [])]
+    (out - target).square().sum().backward()
+    for projection in outputs:
+        assert projection.weight.grad.abs().sum() > 0
+    torch.optim.SGD(adapter.parameters(), lr=1e-2).step()
+    adapter.zero_grad()
+    (adapter(u, context) - target).square().sum().backward()
+    for parameter_name, parameter in adapter.named_parameters():
+        if parameter_name == "alpha":  # used by whoever mixes the injection in
+            continue
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.abs().sum() > 0, parameter_name
+
+
+def test_forward_is_projections_match_and_read():
+    torch.manual_seed(1)
+    adapter = RosaAdapter(12, bits=3, routes=5)
+    torch.nn.init.normal_(adapter.o_proj.weight)
+    u = torch.randn(2, 30, 12)
+    context = RosaContext(record=True)
+    out = adapter(u, context)
+    match = suffix_match(pack(adapter.q_proj(u), 3), pack(adapter.k_proj(u), 3), backend="oracle")
+    y = retrieve_oracle(adapter.v_proj(u), match.position, adapter.e0, adapter.e1, bits=3)
+    torch.testing.assert_close(out, adapter.o_proj(y))
+    assert torch.equal(context.matches[0].position, match.position)
+
+
+def test_control_never_looks_back():
+    """With retrieve=False no output depends on an earlier position."""
+    torch.manual_seed(2)
+    adapter = RosaAdapter(8, retrieve=False)
+    torch.nn.init.normal_(adapter.o_proj.weight)
+    u = torch.randn(1, 20, 8)
+    changed = u.clone()
+    changed[:, :10] = torch.randn(1, 10, 8)
+    a, b = adapter(u, RosaContext()), adapter(changed, RosaContext())
+    assert torch.equal(a[:, 10:], b[:, 10:])
+    names = {name for name, _ in adapter.named_parameters()}
+    assert names == {name for name, _ in RosaAdapter(8).named_parameters()}
+
+
+def test_tied_start_gives_equal_symbols():
+    adapter = RosaAdapter(16)
+    assert torch.equal(adapter.q_proj.weight, adapter.k_proj.weight)
+    assert adapter.q_proj.weight is not adapter.k_proj.weight
+    assert not torch.equal(
+        *(p.weight for p in (lambda a: (a.q_proj, a.k_proj))(RosaAdapter(16, tied_start=False)))
+    )
+
+
+def test_token_address_respects_min_length():
+    ids = torch.tensor([[1, 2, 3, 1, 2, 9, 3]])
+    adapter = RosaAdapter(8, address="token", min_length=2)
+    context = token_context(ids)
+    context.record = True
+    adapter(torch.randn(1, 7, 8), context)
+    assert context.matches[0].position[0, 0].tolist() == [-1, -1, -1, -1, 2, -1, -1]
+    with pytest.raises(InvalidInputError, match="input_ids instead of inputs_embeds"):
+        adapter(torch.randn(1, 7, 8), RosaContext())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"bits": 5}, "choose bits that divide 16"),
+        ({"bits": 0}, "1..16"),
+        ({"routes": 0}, "at least 1"),
+        ({"inject": "middle"}, "inject must be one of"),
+        ({"address": "psychic"}, "address must be one of"),
+        ({"estimator": "none"}, "unknown estimator"),
+        ({"estimator_options": {"tau": 2}}, "does not take tau"),
+        ({"address": "token", "granularity": "run"}, "granularity='token'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(InvalidInputError, match=message):
+        RosaAdapter(16, **options)
