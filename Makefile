@@ -1,0 +1,51 @@
+# The two commands that the README promises are `make demo` and `make test`; each makes what it
+# needs. PYTHON chooses the interpreter (3.11 or newer), VENV where the environment goes.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DEMO_FLAGS ?=
+TEST_FLAGS ?=
+
+NATIVE := CMakeLists.txt $(shell find cpp -name '*.?pp' -not -path '*/tests/*' 2>/dev/null)
+
+.PHONY: help demo test lint types pytest docs bench clean
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+# One environment for everything, pinned. --no-build-isolation reuses the pinned build tools, so
+# the core is compiled once and again only when its sources change.
+$(VENV)/.python: requirements/constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rosakit needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c requirements/constraints.txt -r requirements/dev.txt
+	touch $@
+
+$(VENV)/.rosakit: $(VENV)/.python $(NATIVE)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: $(VENV)/.rosakit  ## window against window + ROSA on SmolLM2-135M, in minutes
+	$(BIN)/python -m rosakit.demo $(DEMO_FLAGS)
+
+test: lint types pytest  ## everything that CI runs
+
+lint: $(VENV)/.rosakit
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.rosakit
+	$(BIN)/mypy
+
+# Two processes of one thread each beat one process of two on small tensors.
+pytest: $(VENV)/.rosakit
+	OMP_NUM_THREADS=1 ROSAKIT_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TEST_FLAGS)
+
+docs: $(VENV)/.rosakit  ## build the documentation into site/
+	$(BIN)/python -m pip install -q -c requirements/constraints.txt -r requirements/docs.txt
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.rosakit  ## CPU benchmarks, each case verified before it is timed
+	$(BIN)/python -m benchmarks.cpu
+
+clean:  ## remove what the targets made, not runs/
+	rm -rf $(VENV) build site .mypy_cache .ruff_cache .pytest_cache
