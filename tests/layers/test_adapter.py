@@ -10,7 +10,7 @@ from rosakit.layers import RosaAdapter, RosaContext
 from rosakit.layers.token_match import best_successors
 from rosakit.ops import suffix_match
 from rosakit.ops.oracle import retrieve_oracle
-from rosakit.ops.types import Match
+from rosakit.types import Match
 from rosakit.symbols import pack
 
 

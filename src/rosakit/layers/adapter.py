@@ -14,7 +14,7 @@ from rosakit.ops.estimators import registry
 from rosakit.ops.match import check_options as check_match_options
 from rosakit.ops.retrieve import retrieve
 from rosakit.ops.rosa import rosa
-from rosakit.ops.types import NO_MATCH, Granularity, Match, Successor, Unmatched
+from rosakit.types import NO_MATCH, Granularity, Match, Successor, Unmatched
 
 Inject = Literal["post_attn", "pre_attn"]
 Address = Literal["learned", "token"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rosakit.ops.types import Match
+from rosakit.types import Match
 
 if TYPE_CHECKING:
     from rosakit.layers.state import RosaStates

@@ -16,7 +16,7 @@ from torch import Tensor
 from rosakit import native, symbols
 from rosakit.errors import InvalidInputError
 from rosakit.layers.token_match import TokenCandidates
-from rosakit.ops.types import NO_MATCH, Match
+from rosakit.types import NO_MATCH, Match
 
 if TYPE_CHECKING:
     from rosakit.layers.adapter import RosaAdapter

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rosakit import native
 from rosakit.errors import InvalidInputError, InvalidTypeError, warn_once
-from rosakit.ops.types import Match
+from rosakit.types import Match
 
 
 class TokenCandidates(NamedTuple):

@@ -3,6 +3,6 @@
 from rosakit.ops.match import suffix_match
 from rosakit.ops.retrieve import retrieve
 from rosakit.ops.rosa import rosa
-from rosakit.ops.types import Match
+from rosakit.types import Match
 
 __all__ = ["Match", "retrieve", "rosa", "suffix_match"]

@@ -12,7 +12,7 @@ from rosakit import cuda, native
 from rosakit.errors import BackendError, InvalidInputError, InvalidTypeError, warn_once
 from rosakit.ops import segments
 from rosakit.ops.oracle import suffix_match_oracle
-from rosakit.ops.types import Backend, Granularity, Match, Successor
+from rosakit.types import Backend, Granularity, Match, Successor
 
 SYMBOL_DTYPES = (torch.uint8, torch.uint16, torch.int32)
 _UNLIMITED = 0  # how `max_length=None` travels through the operator's schema

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rosakit import symbols
-from rosakit.ops.types import NO_MATCH, Granularity, Match, Successor, Unmatched
+from rosakit.types import NO_MATCH, Granularity, Match, Successor, Unmatched
 
 
 def suffix_match_oracle(

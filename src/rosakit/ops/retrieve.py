@@ -11,7 +11,7 @@ from torch import Tensor
 from rosakit import symbols
 from rosakit.errors import InvalidInputError, InvalidTypeError
 from rosakit.ops import rows
-from rosakit.ops.types import Unmatched
+from rosakit.types import Unmatched
 
 
 def retrieve(

@@ -12,7 +12,7 @@ from rosakit.ops import segments
 from rosakit.ops.estimators import registry
 from rosakit.ops.match import check_options as check_match_options
 from rosakit.ops.retrieve import check_values
-from rosakit.ops.types import Backend, Granularity, Match, Successor, Unmatched
+from rosakit.types import Backend, Granularity, Match, Successor, Unmatched
 
 
 @overload

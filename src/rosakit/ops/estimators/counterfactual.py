@@ -25,7 +25,7 @@ from rosakit.errors import InvalidInputError
 from rosakit.ops import rows
 from rosakit.ops.estimators.registry import MatchOptions, register
 from rosakit.ops.retrieve import retrieve_backward, retrieve_forward
-from rosakit.ops.types import Match, Unmatched
+from rosakit.types import Match, Unmatched
 
 KeyCredit = Literal["matched", "successor"]
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from rosakit.errors import InvalidInputError
-from rosakit.ops.types import Backend, Granularity, Match, Successor
+from rosakit.types import Backend, Granularity, Match, Successor
 
 
 class MatchOptions(NamedTuple):
