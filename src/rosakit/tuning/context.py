@@ -1,0 +1,61 @@
+"""What one forward pass of an attached model carries down to its layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from rosakit.errors import UnsupportedModelError
+from rosakit.layers import RosaContext
+
+if TYPE_CHECKING:
+    from rosakit.tuning.window import AttentionPlan
+
+CONTEXT = "rosa_context"
+"""Keyword under which a forward pass hands its context to the layers."""
+
+
+class ForwardContext:
+    """Facts of one forward pass.
+
+    A plain class, so that wrappers that rebuild dataclasses in keyword arguments leave it alone.
+
+    Attributes:
+        rosa: what adapters and token route read.
+        plan: who sees whom in windowed attention; None without a window.
+        attended: number of attention calls that used the plan.
+    """
+
+    def __init__(self, rosa: RosaContext, plan: AttentionPlan | None) -> None:
+        self.rosa, self.plan, self.attended = rosa, plan, 0
+
+
+class Shared:
+    """The place where an attached model's hooks find the current forward pass.
+
+    The context travels as a keyword argument where the architecture passes keywords down, so that
+    gradient checkpointing recomputes each layer with its own pass's context. Architectures that do
+    not are served from here, which is right as long as nothing is recomputed later.
+    """
+
+    def __init__(self) -> None:
+        self.current: ForwardContext | None = None
+
+    def context_of(self, module: nn.Module, kwargs: dict[str, Any]) -> ForwardContext:
+        """The context of the running pass.
+
+        Raises:
+            UnsupportedModelError: outside a pass of the attached model, as in a recomputation of
+                an architecture that passes no keywords down.
+        """
+        context = kwargs.get(CONTEXT)
+        if context is None:
+            context = self.current
+        if not isinstance(context, ForwardContext):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} ran outside a forward pass of the attached model. Call "
+                "the model itself; if this came from gradient checkpointing, this architecture "
+                "does not hand keyword arguments to its attention and cannot be checkpointed"
+            )
+        return context

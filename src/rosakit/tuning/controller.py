@@ -1,0 +1,269 @@
+"""`RosaController`: the hooks of an attached model that see a whole forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from rosakit.errors import InvalidInputError, UnsupportedModelError, warn_once
+from rosakit.layers import RosaContext, TokenCandidates, TokenRoute
+from rosakit.layers.token_match import best_successors, gather_candidates
+from rosakit.ops import suffix_match
+from rosakit.tuning import layout
+from rosakit.tuning.cache import RosaCacheLayer, prepare_cache
+from rosakit.tuning.config import RosaConfig
+from rosakit.tuning.context import CONTEXT, ForwardContext, Shared
+from rosakit.tuning.modules import argument_names, takes_keywords
+from rosakit.tuning.window import AttentionPlan, positions
+from rosakit.types import Match
+
+
+class RosaController(nn.Module):
+    """Prepares the context of each forward pass; sits at ``model.rosa``.
+
+    Args:
+        config: what was attached.
+        windowed: for every layer whether its attention is windowed by rosakit.
+        token_route: the token route, or None.
+        shared: where layers find the current pass.
+        decoder: the decoder stack (only its signature is read).
+        top: the model that owns the output embedding (only its signature is read).
+        has_adapters: whether decoder layers have adapters.
+
+    Attributes:
+        original_attention: the attention implementation to restore, None without a window.
+        recorder: a list that collects the :class:`~rosakit.layers.RosaContext` of every forward
+            pass, with the adapters' matches, or None.
+    """
+
+    def __init__(
+        self,
+        config: RosaConfig,
+        windowed: list[bool],
+        token_route: TokenRoute | None,
+        shared: Shared,
+        *,
+        decoder: nn.Module,
+        top: nn.Module,
+        has_adapters: bool,
+    ) -> None:
+        super().__init__()
+        self.config, self.windowed, self.token_route = config, windowed, token_route
+        self.has_adapters = has_adapters
+        self.original_attention: str | None = None
+        self.recorder: list[RosaContext] | None = None
+        self._shared = shared
+        self._candidates: TokenCandidates | None = None
+        self._logits_to_keep: int | Tensor = 0
+        self._decoder_names = argument_names(decoder.forward)
+        self._decoder_keywords = takes_keywords(decoder.forward)
+        self._top_names = argument_names(top.forward)
+
+    # Hooks of the model that owns the output embedding.
+
+    def before_model(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Forward pre-hook: remembers which positions get logits."""
+        named = {**dict(zip(self._top_names, args, strict=False)), **kwargs}
+        keep = named.get("logits_to_keep", 0)
+        self._logits_to_keep = 0 if keep is None else keep
+        self._candidates = None
+
+    def after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook, also after an error: forgets the pass."""
+        self._candidates, self._logits_to_keep = None, 0
+        self._shared.current = None
+
+    def after_head(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Forward hook on the output embedding: logits become mixed log probabilities."""
+        if self._candidates is None or self.token_route is None:
+            return None
+        keep = self._logits_to_keep
+        picked = slice(-keep, None) if isinstance(keep, int) and keep else keep
+        found = self._candidates
+        if not isinstance(picked, int):
+            found = TokenCandidates(*(x[:, picked] for x in found))
+        mixed: Tensor = self.token_route(args[0], output, found)
+        return mixed
+
+    # Hooks of the decoder stack.
+
+    def before_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook: cache, positions, token matches; hands the context down."""
+        named = {**dict(zip(self._decoder_names, args, strict=False)), **kwargs}
+        ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
+        example = ids if ids is not None else embeds
+        if example is None:
+            return args, kwargs  # the decoder itself says what is missing
+        batch, length = example.shape[:2]
+        if ids is None and self._needs_ids:
+            raise InvalidInputError(
+                "the token route and address='token' match token ids, but the model was called "
+                "with inputs_embeds only; pass input_ids instead"
+            )
+        documents = named.pop("document_ids", None)
+        mask, position_ids = named.get("attention_mask"), named.get("position_ids")
+        layout.check_mask(mask, batch)
+        packed = documents is not None or layout.is_packed(mask, position_ids, length)
+        carrier = self._cache(module, named, packed)
+        if carrier is None:
+            if mask is not None and mask.shape[1] != length:
+                raise InvalidInputError(
+                    f"attention_mask covers {mask.shape[1]} positions, the input has {length}; "
+                    "without a cache they are the same"
+                )
+            context = self._whole(
+                ids,
+                layout.segments_of(mask, position_ids, documents, packed, batch, length),
+                length,
+                example.device,
+            )
+        else:
+            if packed:
+                raise InvalidInputError(
+                    "packed documents (document_ids, or position_ids that restart) cannot be read "
+                    "through a cache; call the model with use_cache=False"
+                )
+            context = self._chunk(ids, mask, carrier, batch, length, example.device)
+        if self.recorder is not None:
+            context.rosa.record = True
+            self.recorder.append(context.rosa)
+        self._candidates = context.rosa.candidates
+        self._shared.current = context
+        if self._decoder_keywords:
+            named[CONTEXT] = context
+        return (), named
+
+    def after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook, also after an error: checks that the windows were used."""
+        context, self._shared.current = self._shared.current, None
+        if output is None or context is None or context.plan is None:
+            return
+        # In training some architectures drop layers at random, so one call is enough there.
+        if context.attended < (1 if module.training else len(self.windowed)):
+            raise UnsupportedModelError(
+                f"the attention of {type(module).__name__} cannot be windowed: only "
+                f"{context.attended} of {len(self.windowed)} layers called the attention function. "
+                "Detach, and attach with window=None"
+            )
+
+    @property
+    def _needs_ids(self) -> bool:
+        return self.token_route is not None or (
+            self.has_adapters and self.config.address == "token"
+        )
+
+    def _cache(self, decoder: Any, named: dict[str, Any], packed: bool) -> RosaCacheLayer | None:
+        """The carrier of this pass's cache, made or prepared where the call asks for one."""
+        cache, use_cache = named.get("past_key_values"), named.get("use_cache")
+        checkpointing = decoder.training and getattr(decoder, "gradient_checkpointing", False)
+        if cache is not None and checkpointing:
+            raise InvalidInputError(
+                "gradient checkpointing drops the cache inside the layers; call the model with "
+                "use_cache=False and no past_key_values, or in eval mode"
+            )
+        if cache is None:
+            wanted = getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
+            learning = torch.is_grad_enabled() and any(
+                p.requires_grad for p in self._own_parameters(decoder)
+            )
+            if wanted and (decoder.training and (learning or checkpointing)):
+                if use_cache:
+                    warn_once(
+                        "rosakit: use_cache=True is ignored in training, where whole sequences "
+                        "are computed with gradients"
+                    )
+                wanted = False
+            if use_cache is None and (packed or learning):
+                wanted = False
+            if not wanted:
+                named["use_cache"] = False
+                return None
+            cache = named["past_key_values"] = DynamicCache(config=decoder.config)
+            named["use_cache"] = True
+        window = self.config.window
+        return prepare_cache(cache, self.windowed, window, self.config.sink_tokens)
+
+    def _own_parameters(self, decoder: nn.Module) -> list[nn.Parameter]:
+        own = list(self.parameters())
+        for module in decoder.modules():
+            sibling = module._modules.get("rosa")
+            if sibling is not None and sibling is not self:
+                own.extend(sibling.parameters())
+        return own
+
+    def _whole(
+        self, ids: Tensor | None, starts: Tensor | None, length: int, device: torch.device
+    ) -> ForwardContext:
+        """Context of whole sequences."""
+        plan = None
+        if self.config.window is not None:
+            where = positions(length, starts, device)
+            plan = AttentionPlan(where, where, lambda: where, plain=starts is None, whole=True)
+        rosa = RosaContext(input_ids=ids, segment_starts=starts)
+        if self.token_route is not None:
+            assert ids is not None
+            route = self.token_route
+            found = best_successors(ids, route.candidates, segment_starts=starts)
+            rosa.candidates = self._competitors(ids, gather_candidates(ids, found))
+            rosa.token_match = Match(
+                found.position[..., 0][:, None].contiguous(),
+                found.length[..., 0][:, None].contiguous(),
+            )
+        elif self._needs_ids:
+            assert ids is not None
+            stream = ids[:, None].contiguous()
+            rosa.token_match = suffix_match(stream, stream, segment_starts=starts)
+        return ForwardContext(rosa, plan)
+
+    def _chunk(
+        self,
+        ids: Tensor | None,
+        mask: Tensor | None,
+        carrier: RosaCacheLayer,
+        batch: int,
+        length: int,
+        device: torch.device,
+    ) -> ForwardContext:
+        """Context of a chunk that continues (or starts) a cache."""
+        index, states = carrier.index, carrier.states
+        past = index.length
+        real = layout.chunk_mask(mask, past, length)
+        states.advance(batch, length, real)
+        query, windowed, full = index.advance(real, length, device)
+        plan = None
+        if self.config.window is not None:
+            plan = AttentionPlan(
+                query,
+                windowed,
+                full,
+                plain=index.plain,
+                whole=past == 0,
+                contiguous=real is None or layout.contiguous(real),
+            )
+        rosa = RosaContext(input_ids=ids, mask=real, states=states)
+        if self._needs_ids:
+            assert ids is not None
+            count = 1 if self.token_route is None else self.token_route.candidates
+            tokens = states.tokens(batch, count, 1, device)
+            rosa.token_match, found = tokens.extend(ids, real)
+            if self.token_route is not None:
+                rosa.candidates = self._competitors(ids, found)
+        return ForwardContext(rosa, plan)
+
+    def _competitors(self, ids: Tensor, found: TokenCandidates) -> TokenCandidates:
+        """Candidates that are long enough; the control's own tokens in their place."""
+        assert self.token_route is not None
+        if self.token_route.min_length > 1:
+            # Candidates are ordered by length, so the K best of those long enough remain.
+            short = found.length < self.token_route.min_length
+            found = TokenCandidates(*(x.masked_fill(short, 0) for x in found))
+        if not self.token_route.retrieve:
+            found = self.token_route.own_value_candidates(ids, found)
+        return found

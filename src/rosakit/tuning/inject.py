@@ -1,0 +1,80 @@
+"""`InjectedAdapter`: a RosaAdapter as a sibling of a decoder layer's attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rosakit.layers import RosaAdapter
+from rosakit.tuning.context import Shared
+
+
+class InjectedAdapter(nn.Module):
+    """Holds an adapter and the hooks that connect it (semantics section 4).
+
+    Hooks are bound methods, so that a deepcopy of the model hooks the copy's adapter.
+
+    ``pre_attn`` is computed as ``norm(h + sigmoid(alpha) / (1 - sigmoid(alpha)) inj)``. The norms
+    of decoders ignore the scale of their input (up to their epsilon), so this is
+    ``norm((1 - sigmoid(alpha)) h + sigmoid(alpha) inj)``; it leaves ``h`` untouched bit for bit
+    while the injection is zero, and the ratio is simply ``exp(alpha)``.
+
+    Args:
+        adapter: the adapter.
+        shared: where the current forward pass is found.
+    """
+
+    def __init__(self, adapter: RosaAdapter, shared: Shared) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self._shared = shared
+        self._residual: Tensor | None = None
+
+    def post_attn(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Forward hook on the attention: adds the injection to its output."""
+        injected = self._injection(module, _hidden(args, kwargs), kwargs)
+        if isinstance(output, tuple):
+            return (output[0] + injected.to(output[0].dtype), *output[1:])
+        return output + injected.to(output.dtype)
+
+    def norm_input(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook on the norm in front of the attention: keeps its input ``h``."""
+        self._residual = args[0]
+
+    def pre_attn(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook on the attention: replaces its input by the mixed one."""
+        assert self.adapter.alpha is not None
+        h, self._residual = self._residual, None
+        assert h is not None
+        injected = self._injection(module, _hidden(args, kwargs), kwargs)
+        mixed = h + (self.adapter.alpha.float().exp() * injected.float()).to(h.dtype)
+        # `forward`, not a call: the norm's hook must not see its own second use.
+        mixed = self._norm().forward(mixed)
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": mixed}
+        return (mixed, *args[1:]), kwargs
+
+    def set_norm(self, norm: nn.Module) -> None:
+        """Name the norm in front of the attention (kept out of the module tree)."""
+        self.__dict__["_norm_module"] = norm
+
+    def _norm(self) -> Any:
+        return self.__dict__["_norm_module"]
+
+    def _injection(self, module: nn.Module, u: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        context = self._shared.context_of(module, kwargs).rosa
+        if not torch.is_autocast_enabled(u.device.type):
+            u = u.to(self.adapter.v_proj.weight.dtype)
+        injected: Tensor = self.adapter(u, context)
+        return injected
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return hidden
