@@ -1,0 +1,171 @@
+// The Python face of the core: thin, checked by rosakit.native before it is called.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
+
+#include "rosakit/matcher.hpp"
+#include "rosakit/memory.hpp"
+#include "rosakit/pool.hpp"
+
+namespace nb = nanobind;
+using namespace rosakit;
+
+namespace {
+
+template <class T, int N>
+using In = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+template <class T, int N>
+using Out = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+template <class T, int N>
+using MaybeIn = std::optional<In<T, N>>;
+
+Rule make_rule(bool run, bool strict, u32 max_length, u32 min_length) {
+  return {run ? Granularity::run : Granularity::token,
+          strict ? Successor::strict : Successor::available, max_length, min_length};
+}
+
+void expect(bool ok, const char* what) {
+  if (!ok) throw nb::value_error(what);
+}
+
+template <class T>
+void match_arrays(In<T, 3> q, In<T, 3> k, MaybeIn<i32, 2> starts, Out<i32, 3> position,
+                  Out<i32, 3> length, std::optional<Out<i32, 4>> flipped, bool run, bool strict,
+                  u32 max_length, u32 min_length) {
+  MatchCall<T> call;
+  call.shape = {q.shape(0), q.shape(1), q.shape(2)};
+  const auto same = [&](const auto& a) {
+    return a.shape(0) == q.shape(0) && a.shape(1) == q.shape(1) && a.shape(2) == q.shape(2);
+  };
+  expect(same(k) && same(position) && same(length) && (!flipped || same(*flipped)),
+         "q, k and the results must have one shape [B, R, T]");
+  expect(!starts || (starts->shape(0) == q.shape(0) && starts->shape(1) == q.shape(2)),
+         "segment_starts must have shape [B, T]");
+  call.q = q.data();
+  call.k = k.data();
+  call.segment_starts = starts ? starts->data() : nullptr;
+  call.position = position.data();
+  call.length = length.data();
+  call.flipped = flipped ? flipped->data() : nullptr;
+  call.flip_bits = flipped ? static_cast<unsigned>(flipped->shape(3)) : 0;
+  expect(call.flip_bits <= 16, "at most 16 bits can be flipped");
+  call.rule = make_rule(run, strict, max_length, min_length);
+  match(call);
+}
+
+template <class T>
+void def_match(nb::module_& m) {
+  m.def("match", &match_arrays<T>, nb::arg("q").noconvert(), nb::arg("k").noconvert(),
+        nb::arg("segment_starts").noconvert().none(), nb::arg("position").noconvert(),
+        nb::arg("length").noconvert(), nb::arg("flipped").noconvert().none(), nb::arg("run"),
+        nb::arg("strict"), nb::arg("max_length"), nb::arg("min_length"),
+        nb::call_guard<nb::gil_scoped_release>());
+}
+
+void successors_arrays(In<i32, 2> tokens, MaybeIn<i32, 2> starts, Out<i32, 3> position,
+                       Out<i32, 3> length, u32 max_length, u32 min_length) {
+  SuccessorCall call;
+  const auto same = [&](const auto& a) {
+    return a.shape(0) == tokens.shape(0) && a.shape(1) == tokens.shape(1);
+  };
+  expect(same(position) && same(length) && position.shape(2) == length.shape(2) &&
+             (!starts || same(*starts)),
+         "tokens and segment_starts must have shape [B, T], the results [B, T, K]");
+  call.tokens = tokens.data();
+  call.segment_starts = starts ? starts->data() : nullptr;
+  call.position = position.data();
+  call.length = length.data();
+  call.candidates = static_cast<unsigned>(position.shape(2));
+  call.batch = tokens.shape(0);
+  call.time = tokens.shape(1);
+  call.max_length = max_length;
+  call.min_length = min_length;
+  best_successors(call);
+}
+
+template <class T>
+void extend_arrays(SuffixMemory& memory, In<T, 3> q, In<T, 3> k, MaybeIn<u8, 2> mask,
+                   Out<i32, 4> position, Out<i32, 4> length, bool candidates) {
+  const MemoryOptions& o = memory.options();
+  expect(q.shape(0) == o.batch && q.shape(1) == o.routes, "q must have shape [B, R, n] of the memory");
+  const auto same = [&](const auto& a) {
+    return a.shape(0) == q.shape(0) && a.shape(1) == q.shape(1) && a.shape(2) == q.shape(2);
+  };
+  expect(same(k) && same(position) && same(length) && position.shape(3) == length.shape(3),
+         "q, k and the results must have one shape [B, R, n]");
+  expect(!mask || (mask->shape(0) == q.shape(0) && mask->shape(1) == q.shape(2)),
+         "mask must have shape [B, n]");
+  expect(candidates || position.shape(3) == 1, "one result a position without candidates");
+  memory.extend(Chunk<T>{q.data(), k.data(), mask ? mask->data() : nullptr, position.data(), length.data(),
+                         q.shape(2), candidates ? static_cast<unsigned>(position.shape(3)) : 0});
+}
+
+template <class T, class C>
+void def_extend(C& cls) {
+  cls.def("extend", &extend_arrays<T>, nb::arg("q").noconvert(), nb::arg("k").noconvert(),
+          nb::arg("mask").noconvert().none(), nb::arg("position").noconvert(),
+          nb::arg("length").noconvert(), nb::arg("candidates"),
+          nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  m.doc() = "C++ core of rosakit: exact suffix matching and streaming suffix memory.";
+  m.def("num_threads", &num_threads);
+  m.def("set_num_threads", &set_num_threads, nb::call_guard<nb::gil_scoped_release>());
+  def_match<u8>(m);
+  def_match<u16>(m);
+  def_match<i32>(m);
+  m.def("best_successors", &successors_arrays, nb::arg("tokens").noconvert(),
+        nb::arg("segment_starts").noconvert().none(), nb::arg("position").noconvert(),
+        nb::arg("length").noconvert(), nb::arg("max_length"), nb::arg("min_length"),
+        nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<SuffixMemory> memory(m, "SuffixMemory");
+  memory.def(
+      "__init__",
+      [](SuffixMemory* self, std::size_t batch, std::size_t routes, unsigned bits, bool run,
+         bool strict, u32 max_length, u32 min_length) {
+        new (self) SuffixMemory(
+            MemoryOptions{batch, routes, bits, make_rule(run, strict, max_length, min_length)});
+      },
+      nb::arg("batch"), nb::arg("routes"), nb::arg("bits"), nb::arg("run"), nb::arg("strict"),
+      nb::arg("max_length"), nb::arg("min_length"));
+  def_extend<u8>(memory);
+  def_extend<u16>(memory);
+  def_extend<i32>(memory);
+  memory
+      .def("lengths",
+           [](const SuffixMemory& self) { return std::vector<i64>(self.lengths().begin(), self.lengths().end()); })
+      .def(
+          "index_select",
+          [](const SuffixMemory& self, const std::vector<i64>& rows) { return self.index_select(rows); },
+          nb::call_guard<nb::gil_scoped_release>())
+      .def("truncate", &SuffixMemory::truncate, nb::call_guard<nb::gil_scoped_release>())
+      .def("symbol", &SuffixMemory::symbol)
+      .def("live_bytes", &SuffixMemory::live_bytes)
+      .def("reserved_bytes", &SuffixMemory::reserved_bytes)
+      .def("options",
+           [](const SuffixMemory& self) {
+             const MemoryOptions& o = self.options();
+             return nb::make_tuple(o.batch, o.routes, o.bits, o.rule.granularity == Granularity::run,
+                                   o.rule.successor == Successor::strict, o.rule.max_length,
+                                   o.rule.min_length);
+           })
+      .def("serialize",
+           [](const SuffixMemory& self) {
+             std::string bytes;
+             {
+               nb::gil_scoped_release released;
+               bytes = self.serialize();
+             }
+             return nb::bytes(bytes.data(), bytes.size());
+           })
+      .def_static("deserialize", [](nb::bytes bytes) {
+        const std::span<const char> view(bytes.c_str(), bytes.size());
+        nb::gil_scoped_release released;
+        return SuffixMemory::deserialize(view);
+      });
+}

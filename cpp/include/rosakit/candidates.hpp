@@ -1,0 +1,54 @@
+// The K best distinct successors of a self-matching stream (semantics 5).
+#pragma once
+
+#include <algorithm>
+
+#include "rosakit/stream.hpp"
+
+namespace rosakit {
+
+/// Collects candidates for the stream's current cursor, whose key has just been appended: walks from
+/// the match towards the root, and at each state takes the successors not seen before, latest first.
+/// `position`/`length` have `k` places, filled with -1/0 where there are fewer candidates.
+template <bool kWide>
+class Candidates {
+ public:
+  void collect(const Stream<kWide>& stream, Cursor at, unsigned k, u32 min_length, i32 base,
+               i32* position, i32* length) {
+    unsigned found = 0;
+    u32 u = at.state, n = at.length;
+    seen_.clear();
+    while (u && n >= min_length && found < k) {
+      round_.clear();
+      stream.tree.for_each(u, [&](u32 symbol, u32 target) {
+        for (u32 s : seen_)
+          if (s == symbol) return;
+        round_.push_back({stream.tree.end(target), symbol});
+      });
+      const std::size_t take = std::min<std::size_t>(k - found, round_.size());
+      std::partial_sort(round_.data(), round_.data() + take, round_.data() + round_.size(),
+                        [](const Next& a, const Next& b) { return a.end > b.end; });
+      for (std::size_t r = 0; r < take; ++r, ++found) {
+        position[found] = base + round_[r].end;
+        length[found] = static_cast<i32>(n);
+        seen_.push_back(round_[r].symbol);
+      }
+      u = stream.tree.link(u);
+      n = stream.tree.len(u);
+    }
+    for (; found < k; ++found) {
+      position[found] = kNull;
+      length[found] = 0;
+    }
+  }
+
+ private:
+  struct Next {
+    i32 end;
+    u32 symbol;
+  };
+  Buffer<Next> round_;
+  Buffer<u32> seen_;
+};
+
+}  // namespace rosakit

@@ -1,0 +1,77 @@
+// Streaming state of B x R streams: any chunking gives the numbers of one whole-sequence call.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "rosakit/types.hpp"
+
+namespace rosakit {
+
+struct MemoryOptions {
+  std::size_t batch = 1, routes = 1;
+  unsigned bits = 4;  // 1..16 bits a symbol; 0: token ids below 2^31
+  Rule rule;
+};
+
+/// One chunk's arrays: q, k [B, R, n]; mask [B, n] or null (0: a padded position, which neither
+/// extends the memory nor matches); position, length [B, R, n], or [B, 1, n, candidates].
+template <class T>
+struct Chunk {
+  const T* q = nullptr;
+  const T* k = nullptr;
+  const u8* mask = nullptr;
+  i32* position = nullptr;
+  i32* length = nullptr;
+  std::size_t n = 0;
+  unsigned candidates = 0;  // 0: the match itself
+};
+
+class Lane;
+
+/// \example
+///   SuffixMemory memory({.batch = 1, .routes = 512, .bits = 4});
+///   memory.extend<u8>({.q = q, .k = k, .position = position, .length = length, .n = 1});
+///   auto beams = memory.index_select(std::array<i64, 3>{0, 0, 0});
+///   beams.truncate(0, 100);
+class SuffixMemory {
+ public:
+  explicit SuffixMemory(const MemoryOptions& options);
+  SuffixMemory(SuffixMemory&&) noexcept;
+  SuffixMemory& operator=(SuffixMemory&&) noexcept;
+  ~SuffixMemory();
+
+  const MemoryOptions& options() const { return options_; }
+  std::span<const i64> lengths() const { return lengths_; }
+
+  /// Appends a chunk. Throws std::invalid_argument for symbols out of range, before any change.
+  template <class T>
+  void extend(const Chunk<T>& chunk);
+
+  /// A memory whose row i is (a copy of) row rows[i] of this one.
+  SuffixMemory index_select(std::span<const i64> rows) const;
+  /// Shortens a row to at most `length` symbols.
+  void truncate(std::size_t row, i64 length);
+  void reset(std::size_t row) { truncate(row, 0); }
+
+  /// Key symbol at a position of a row's stream.
+  i64 symbol(std::size_t row, std::size_t route, i64 position) const;
+
+  std::size_t live_bytes() const;
+  std::size_t reserved_bytes() const;
+
+  /// The state as bytes (docs/memory-format.md), and back. Throws std::runtime_error for bytes that
+  /// are truncated, corrupt or of a newer version.
+  std::string serialize() const;
+  static SuffixMemory deserialize(std::span<const char> bytes);
+
+ private:
+  MemoryOptions options_;
+  std::vector<i64> lengths_;
+  std::vector<std::shared_ptr<Lane>> lanes_;  // [B * R]
+};
+
+}  // namespace rosakit

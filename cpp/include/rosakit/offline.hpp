@@ -1,0 +1,176 @@
+// Exact answers about the past, from the automaton of the whole key stream.
+//
+// Once the automaton is complete, "the longest suffix of the query that occurs in keys[0..E]" is the
+// nearest link ancestor whose first end is <= E, and "its latest end <= E" is a maximum over the
+// subtree of that state, restricted to the ends inserted so far. First ends decrease towards the
+// root, so ancestors are found through jump pointers (Myers' skew-binary ones) in O(log T); subtrees
+// are intervals of slots, and a 64-ary tree of maxima answers in O(log T). Nothing here depends on
+// how repetitive the streams are.
+#pragma once
+
+#include "rosakit/automaton.hpp"
+#include "rosakit/stream.hpp"
+
+namespace rosakit {
+
+/// Maxima over intervals of slots whose values arrive in increasing order.
+class RecencyTree {
+ public:
+  void reset(u32 slots) {
+    depth_ = 0;
+    for (u32 n = slots;;) {
+      levels_[depth_].fill(n, kNull);
+      ++depth_;
+      if (n <= 1) break;
+      n = (n + 63) / 64;
+    }
+  }
+  void put(u32 slot, i32 value) {
+    for (unsigned d = 0; d < depth_; ++d, slot /= 64) levels_[d][slot] = value;
+  }
+  i32 max(u32 begin, u32 end) const {
+    i32 best = kNull;
+    for (unsigned d = 0; begin < end; ++d) {
+      const u32 b = (begin + 63) / 64, e = end / 64;
+      const Buffer<i32>& level = levels_[d];
+      if (b >= e) {
+        best = scan(level, begin, end, best);
+        break;
+      }
+      best = scan(level, begin, b * 64, best);
+      best = scan(level, e * 64, end, best);
+      begin = b;
+      end = e;
+    }
+    return best;
+  }
+
+ private:
+  static i32 scan(const Buffer<i32>& v, u32 begin, u32 end, i32 best) {
+    for (u32 i = begin; i < end; ++i) best = v[i] > best ? v[i] : best;
+    return best;
+  }
+  Buffer<i32> levels_[7];
+  unsigned depth_ = 0;
+};
+
+template <bool kWide>
+class Offline {
+ public:
+  using Tree = Automaton<kWide>;
+
+  /// `primary[i]` is the state that keys[0..i] as a whole belongs to.
+  void build(const Tree& tree, const Buffer<u32>& primary) {
+    tree_ = &tree;
+    const u32 n = tree.size(), symbols = tree.length();
+    sort_by_length(n, symbols);
+    first_.fill(n, std::numeric_limits<i32>::max());
+    slots_.fill(n, 0);
+    for (u32 i = 0; i < symbols; ++i) {
+      first_[primary[i]] = static_cast<i32>(i);
+      slots_[primary[i]] = 1;
+    }
+    for (u32 k = n; k-- > 1;) {
+      const u32 u = order_[k], p = tree.link(u);
+      slots_[p] += slots_[u];
+      if (first_[u] < first_[p]) first_[p] = first_[u];
+    }
+    begin_.resize(n);
+    fill_.resize(n);
+    begin_[0] = fill_[0] = 0;
+    for (u32 k = 1; k < n; ++k) {
+      const u32 u = order_[k], p = tree.link(u);
+      begin_[u] = fill_[p];
+      fill_[p] += slots_[u];
+      fill_[u] = begin_[u];
+      if (first_[u] + 1 == static_cast<i32>(tree.len(u))) ++fill_[u];  // u is primary: its own slot
+    }
+    slot_.resize(symbols);
+    for (u32 i = 0; i < symbols; ++i) slot_[i] = begin_[primary[i]];
+    build_jumps(n);
+    recency_.reset(symbols);
+    known_ = 0;
+  }
+
+  /// Makes the ends 0..last known to `latest`.
+  void reveal(i32 last) {
+    for (; known_ <= last; ++known_) recency_.put(slot_[static_cast<u32>(known_)], known_);
+  }
+
+  /// Latest known end of state `u`.
+  i32 latest(u32 u) const {
+    const u32 b = begin_[u], n = slots_[u];
+    const i32 oldest = known_ > 32 ? known_ - 32 : 0;
+    for (i32 e = known_; e-- > oldest;)
+      if (slot_[static_cast<u32>(e)] - b < n) return e;
+    return recency_.max(b, b + n);
+  }
+
+  bool occurs(u32 u, i32 by) const { return first_[u] <= by; }
+
+  /// The longest suffix of the place `from` that can be followed by `s` within keys[0..by]:
+  /// returns the state reached and the length of the match, or length 0.
+  Cursor follow(Cursor from, u32 s, i32 by, u32 cap) const {
+    u32 u = from.state;
+    u32 t = target(u, s, by);
+    if (!t) {
+      if (!u || !target(0, s, by)) return {};
+      for (int tries = 0; tries < 3 && !t; ++tries) t = target(u = tree_->link(u), s, by);
+      while (!t) {
+        const u32 j = jump_[u];
+        const u32 tj = target(j, s, by);
+        if (tj) t = target(u = tree_->link(u), s, by);
+        else u = j;
+      }
+      from.length = tree_->len(u);
+    }
+    Cursor to{t, from.length + 1};
+    if (to.length > cap) {
+      to.length = cap;
+      if (tree_->len(tree_->link(t)) >= cap) to.state = tree_->link(t);
+    }
+    return to;
+  }
+
+  /// The longest suffix of the place `from` that occurs within keys[0..by].
+  Cursor occurring(Cursor from, i32 by) const {
+    u32 u = from.state;
+    if (first_[u] <= by || !u) return u ? from : Cursor{};
+    while (u && first_[u] > by) {
+      const u32 j = jump_[u];
+      u = (j && first_[j] > by) ? j : tree_->link(u);
+    }
+    return {u, tree_->len(u)};
+  }
+
+ private:
+  u32 target(u32 u, u32 s, i32 by) const {
+    const u32 t = tree_->find(u, s);
+    return t && first_[t] <= by ? t : 0;
+  }
+  void sort_by_length(u32 n, u32 symbols) {
+    count_.fill(std::size_t{symbols} + 2, 0);
+    for (u32 u = 0; u < n; ++u) ++count_[tree_->len(u) + 1];
+    for (u32 l = 0; l <= symbols; ++l) count_[l + 1] += count_[l];
+    order_.resize(n);
+    for (u32 u = 0; u < n; ++u) order_[count_[tree_->len(u)]++] = u;
+  }
+  void build_jumps(u32 n) {
+    jump_.resize(n);
+    depth_.resize(n);
+    jump_[0] = depth_[0] = 0;
+    for (u32 k = 1; k < n; ++k) {
+      const u32 u = order_[k], p = tree_->link(u), j = jump_[p];
+      depth_[u] = depth_[p] + 1;
+      jump_[u] = depth_[p] - depth_[j] == depth_[j] - depth_[jump_[j]] ? jump_[j] : p;
+    }
+  }
+
+  const Tree* tree_ = nullptr;
+  Buffer<u32> order_, count_, slots_, begin_, fill_, slot_, jump_, depth_;
+  Buffer<i32> first_;
+  RecencyTree recency_;
+  i32 known_ = 0;
+};
+
+}  // namespace rosakit

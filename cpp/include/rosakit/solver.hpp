@@ -1,0 +1,166 @@
+// Whole-stream solvers: token and run granularity, with counterfactual flips.
+//
+// Both run the online automaton while its walks stay within a budget linear in the position, which
+// ordinary streams never leave, and hand the rest of the stream to the offline answers (offline.hpp),
+// whose cost does not depend on the input.
+#pragma once
+
+#include "rosakit/offline.hpp"
+#include "rosakit/run_stream.hpp"
+
+namespace rosakit {
+
+/// Where one stream's results go; positions are offset by `base`.
+struct Output {
+  i32* position = nullptr;
+  i32* length = nullptr;
+  i32* flipped = nullptr;  // [n, bits] or null
+  unsigned bits = 0;
+  i32 base = 0;
+};
+
+template <bool kWide>
+class Solver {
+ public:
+  using Symbol = typename Automaton<kWide>::Symbol;
+
+  /// Walk budget of the online phase, in link steps, at stream position i.
+  struct Budget {
+    u64 per_symbol = 32, base = 8192;
+    u64 at(u64 i) const { return per_symbol * i + base; }
+  };
+  Budget budget;
+
+  void match(const Symbol* q, const Symbol* k, u32 n, const Rule& rule, unsigned symbol_bits,
+             const Output& out) {
+    symbol_bits_ = symbol_bits;
+    stream_.reset(symbol_bits);
+    primary_.clear();
+    walked_ = 0;
+    rule_ = rule;
+    out_ = out;
+    if (rule.granularity == Granularity::token) tokens(q, k, n);
+    else runs(q, k, n);
+  }
+
+ private:
+  bool over_budget(u64 i) const { return walked_ + stream_.chain_steps > budget.at(i); }
+
+  void write(u32 i, Hit h) {
+    const bool ok = h.length >= rule_.min_length && h.length > 0;
+    out_.position[i] = ok ? out_.base + h.end + 1 : kNull;
+    out_.length[i] = ok ? static_cast<i32>(h.length) : 0;
+  }
+  void write_flip(u32 i, unsigned m, Hit h) {
+    const bool ok = h.length >= rule_.min_length && h.length > 0;
+    out_.flipped[std::size_t{i} * out_.bits + m] = ok ? out_.base + h.end + 1 : kNull;
+  }
+
+  void tokens(const Symbol* q, const Symbol* k, u32 n) {
+    const u32 cap = rule_.max_length;
+    Hit flips[16];
+    u32 i = 0;
+    for (; i < n && !over_budget(i); ++i) {
+      stream_.normalise();
+      if (out_.bits) {
+        walked_ += stream_.flips(q[i], out_.bits, cap, flips);
+        for (unsigned m = 0; m < out_.bits; ++m) write_flip(i, m, flips[m]);
+      }
+      stream_.advance(q[i], cap);
+      write(i, stream_.hit());
+      primary_.push_back(stream_.append(k[i]));
+    }
+    if (i == n) return;
+    for (u32 j = i; j < n; ++j) primary_.push_back(stream_.tree.append(k[j]));
+    stream_.normalise();
+    offline_.build(stream_.tree, primary_);
+    Cursor at = stream_.at;
+    Hit before{};
+    for (; i < n; ++i) {
+      const i32 by = static_cast<i32>(i) - 1;
+      offline_.reveal(by);
+      for (unsigned m = 0; m < out_.bits; ++m) {
+        const Cursor c = offline_.follow(at, q[i] ^ (u32{1} << m), by, cap);
+        write_flip(i, m, c.length ? Hit{offline_.latest(c.state), c.length} : Hit{});
+      }
+      at = offline_.follow(at, q[i], by, cap);
+      // A match that goes on keeps its (latest) place; only new matches are looked up.
+      const bool goes_on = before.length && before.length < cap &&
+                           k[static_cast<u32>(before.end) + 1] == q[i];
+      before = goes_on    ? Hit{before.end + 1, before.length + 1}
+               : at.length ? Hit{offline_.latest(at.state), at.length}
+                           : Hit{};
+      write(i, before);
+    }
+  }
+
+  void runs(const Symbol* q, const Symbol* k, u32 n) {
+    runs_.reset(symbol_bits_);
+    Hit flips[16];
+    u32 i = 0;
+    for (; i < n && runs_.walked + runs_.stream.chain_steps <= budget.at(i); ++i) {
+      const bool fresh = runs_.step(q[i], k[i], rule_, out_.bits, flips);
+      if (primary_.size() < runs_.stream.tree.length()) primary_.push_back(runs_.stream.tree.last());
+      write(i, runs_.hit());
+      for (unsigned m = 0; m < out_.bits; ++m)
+        if (fresh) write_flip(i, m, flips[m]);
+        else write_flip_as_match(i, m);
+    }
+    if (i < n) runs_offline(q, k, n, i);
+  }
+
+  void runs_offline(const Symbol* q, const Symbol* k, u32 n, u32 i) {
+    const u32 cap = rule_.max_length;
+    auto& tree = runs_.stream.tree;
+    Hit now = runs_.stream.hit();
+    // The keys still to come enter the automaton at once.
+    Symbol last = runs_.key_run[runs_.key_run.size() - 1];
+    for (u32 e = tree.length(); e < runs_.key_run.size(); ++e)
+      primary_.push_back(tree.append(runs_.key_run[e]));
+    for (u32 j = i; j < n; last = k[j++])
+      if (k[j] != last) primary_.push_back(tree.append(k[j]));
+    runs_.stream.normalise();
+    offline_.build(tree, primary_);
+    // `whole`: the query's place among all key runs; `at`: its place among the known ones.
+    const i32 all = static_cast<i32>(tree.length());
+    Cursor at = runs_.stream.at, whole{};
+    for (Symbol s : runs_.query_run) whole = offline_.follow(whole, s, all, cap);
+    for (; i < n; ++i) {
+      const bool rose = runs_.see_key(k[i], rule_.successor);
+      const i32 known = runs_.known;
+      offline_.reveal(known);
+      const bool fresh = runs_.see_query(q[i]);
+      if (fresh) {
+        for (unsigned m = 0; m < out_.bits; ++m)
+          write_flip(i, m, runs_.successor(look_up(offline_.follow(at, q[i] ^ (u32{1} << m), known, cap))));
+        whole = offline_.follow(whole, q[i], all, cap);
+        at = offline_.follow(at, q[i], known, cap);
+        const bool goes_on = now.length && now.length < cap && now.end < known &&
+                             runs_.key_run[static_cast<u32>(now.end) + 1] == q[i];
+        now = goes_on ? Hit{now.end + 1, now.length + 1} : look_up(at);
+      } else if (rose && runs_.key_run[static_cast<u32>(known)] == q[i]) {
+        at = offline_.occurring(whole, known);
+        now = look_up(at);
+      }
+      write(i, runs_.successor(now));
+      if (!fresh)
+        for (unsigned m = 0; m < out_.bits; ++m) write_flip_as_match(i, m);
+    }
+  }
+  /// Inside a query run no single flip is defined: the match itself stands for every bit.
+  void write_flip_as_match(u32 i, unsigned m) {
+    out_.flipped[std::size_t{i} * out_.bits + m] = out_.position[i];
+  }
+  Hit look_up(Cursor c) const { return c.length ? Hit{offline_.latest(c.state), c.length} : Hit{}; }
+
+  Stream<kWide> stream_;
+  Offline<kWide> offline_;
+  RunStream<kWide> runs_;
+  Buffer<u32> primary_;
+  u64 walked_ = 0;
+  unsigned symbol_bits_ = 8;
+  Rule rule_;
+  Output out_;
+};
+
+}  // namespace rosakit

@@ -1,0 +1,151 @@
+#include "rosakit/matcher.hpp"
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "rosakit/candidates.hpp"
+#include "rosakit/pool.hpp"
+#include "rosakit/solver.hpp"
+
+namespace rosakit {
+namespace {
+
+struct Segment {
+  std::size_t begin, end;
+};
+
+/// Calls f for every segment of a row and g for every padded stretch.
+template <class F, class G>
+void for_each_segment(const i32* starts, std::size_t n, F&& f, G&& g) {
+  if (!starts) {
+    if (n) f(Segment{0, n});
+    return;
+  }
+  for (std::size_t i = 0; i < n;) {
+    std::size_t j = i + 1;
+    while (j < n && starts[j] == starts[i]) ++j;
+    if (starts[i] < 0) g(Segment{i, j});
+    else f(Segment{i, j});
+    i = j;
+  }
+}
+
+void check_length(std::size_t n) {
+  if (n >= (std::size_t{1} << 31) - 1)
+    throw std::length_error("a stream of " + std::to_string(n) +
+                            " symbols is too long: positions are int32, so fewer than 2^31 - 1 fit");
+}
+
+/// What one worker needs; kept for the streams of a call.
+struct Scratch {
+  Solver<false> narrow;
+  std::unique_ptr<Solver<true>> wide;
+  Buffer<u8> q8, k8;
+  Buffer<u32> q32, k32;
+};
+
+template <class T>
+const u8* as_bytes(const T* x, std::size_t n, Buffer<u8>& copy) {
+  if constexpr (sizeof(T) == 1) {
+    (void)n, (void)copy;
+    return x;
+  } else {
+    copy.resize(n);
+    for (std::size_t i = 0; i < n; ++i) copy[i] = static_cast<u8>(x[i]);
+    return copy.data();
+  }
+}
+template <class T>
+const u32* as_words(const T* x, std::size_t n, Buffer<u32>& copy) {
+  copy.resize(n);
+  for (std::size_t i = 0; i < n; ++i) copy[i] = static_cast<u32>(x[i]);
+  return copy.data();
+}
+
+template <class T>
+void match_segment(Scratch& scratch, const T* q, const T* k, std::size_t n, const Rule& rule,
+                   const Output& out) {
+  u32 top = out.bits ? (u32{1} << out.bits) - 1 : 0;
+  for (std::size_t i = 0; i < n; ++i) top |= static_cast<u32>(q[i]) | static_cast<u32>(k[i]);
+  if (top >> 31)
+    throw std::invalid_argument("symbols must be >= 0; a negative one was found outside padding");
+  if (top < 256 && n < Automaton<false>::kMaxSymbols) {
+    scratch.narrow.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8),
+                         static_cast<u32>(n), rule, static_cast<unsigned>(std::bit_width(top)), out);
+  } else {
+    if (!scratch.wide) scratch.wide = std::make_unique<Solver<true>>();
+    scratch.wide->match(as_words(q, n, scratch.q32), as_words(k, n, scratch.k32),
+                        static_cast<u32>(n), rule, 32, out);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void match(const MatchCall<T>& call) {
+  const Shape& s = call.shape;
+  check_length(s.length);
+  std::vector<std::unique_ptr<Scratch>> scratch(kMaxThreads);
+  parallel_for(s.batch * s.routes, [&](std::size_t stream, unsigned worker) {
+    if (!scratch[worker]) scratch[worker] = std::make_unique<Scratch>();
+    const std::size_t at = stream * s.length;
+    const i32* starts =
+        call.segment_starts ? call.segment_starts + stream / s.routes * s.length : nullptr;
+    for_each_segment(
+        starts, s.length,
+        [&](Segment g) {
+          Output out{call.position + at + g.begin, call.length + at + g.begin, nullptr,
+                     call.flip_bits, static_cast<i32>(g.begin)};
+          if (call.flip_bits) out.flipped = call.flipped + (at + g.begin) * call.flip_bits;
+          match_segment(*scratch[worker], call.q + at + g.begin, call.k + at + g.begin,
+                        g.end - g.begin, call.rule, out);
+        },
+        [&](Segment g) {
+          std::fill(call.position + at + g.begin, call.position + at + g.end, kNull);
+          std::fill(call.length + at + g.begin, call.length + at + g.end, 0);
+          if (call.flip_bits)
+            std::fill(call.flipped + (at + g.begin) * call.flip_bits,
+                      call.flipped + (at + g.end) * call.flip_bits, kNull);
+        });
+  });
+}
+
+template void match<u8>(const MatchCall<u8>&);
+template void match<u16>(const MatchCall<u16>&);
+template void match<i32>(const MatchCall<i32>&);
+
+void best_successors(const SuccessorCall& call) {
+  check_length(call.time);
+  const std::size_t k = call.candidates;
+  parallel_for(call.batch, [&](std::size_t row, unsigned) {
+    Stream<true> stream;
+    Candidates<true> candidates;
+    const std::size_t at = row * call.time;
+    const i32* starts = call.segment_starts ? call.segment_starts + at : nullptr;
+    for_each_segment(
+        starts, call.time,
+        [&](Segment g) {
+          stream.reset(32);
+          for (std::size_t i = at + g.begin; i < at + g.end; ++i) {
+            const i32 token = call.tokens[i];
+            if (token < 0)
+              throw std::invalid_argument("tokens must be >= 0; a negative one was found outside padding");
+            stream.normalise();
+            stream.advance(static_cast<u32>(token), call.max_length);
+            stream.append(static_cast<u32>(token));
+            stream.normalise();
+            candidates.collect(stream, stream.at, call.candidates, call.min_length,
+                               static_cast<i32>(g.begin), call.position + i * k, call.length + i * k);
+          }
+        },
+        [&](Segment g) {
+          std::fill(call.position + (at + g.begin) * k, call.position + (at + g.end) * k, kNull);
+          std::fill(call.length + (at + g.begin) * k, call.length + (at + g.end) * k, 0);
+        });
+  });
+}
+
+}  // namespace rosakit
