@@ -93,8 +93,8 @@ def attach(model: Any, config: RosaConfig) -> Any:
     if head is not None:
         head.register_forward_hook(controller.after_head)
     for site in sites:
-        if site.index in adapters:
-            _connect(site, adapters[site.index])
+        if site.layer_index in adapters:
+            _connect(site, adapters[site.layer_index])
     if config.window is not None:
         _window(decoder, sites, controller, shared)
     return model
@@ -155,7 +155,7 @@ def adapters_of(model: Any) -> dict[int, RosaAdapter]:
     """The adapters by layer index."""
     controller_of(model)
     return {
-        site.index: site.layer._modules["rosa"].adapter  # type: ignore[union-attr,misc]
+        site.layer_index: site.layer._modules["rosa"].adapter  # type: ignore[union-attr,misc]
         for site in attention_sites(decoder_of(model))
         if "rosa" in site.layer._modules
     }
@@ -205,7 +205,7 @@ def _windowed(config: RosaConfig, decoder: Any, sites: list[AttentionSite]) -> l
     check_windowable(decoder, sites)
     unbounded = select_layers("global_layers", config.global_layers, len(sites))
     return [
-        site.index not in unbounded
+        site.layer_index not in unbounded
         and (site.native_window is None or site.native_window > config.window)
         for site in sites
     ]
@@ -294,7 +294,7 @@ def _window(
     config = controller.config
     attention.register()
     for site in sites:
-        own = config.window if controller.windowed[site.index] else None
+        own = config.window if controller.windowed[site.layer_index] else None
         layer = attention.LayerWindow(own, config.sink_tokens, site.native_window, shared)
         setattr(site.attention, attention.ATTRIBUTE, layer)
     controller.original_attention = decoder.config._attn_implementation

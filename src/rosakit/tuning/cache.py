@@ -246,6 +246,9 @@ class SinkWindowLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, index: WindowIndex) -> None:
         super().__init__()
         self.index = index
+        self.keys: Any = None
+        self.values: Any = None
+        self.is_initialized: bool = False
         self.cumulative_length = 0
 
     @property

@@ -248,9 +248,10 @@ def _read_tensors(path: Path, description: dict[str, Any]) -> dict[str, Tensor]:
     if hashlib.sha256(data).hexdigest() != part["sha256"]:
         raise CheckpointError(f"{file} is corrupt: its SHA-256 is not the saved one; {remedy}")
     try:
-        return load_tensors(data)
+        tensors: dict[str, Tensor] = load_tensors(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{file} is no safetensors file ({error}); {remedy}") from error
+    return tensors
 
 
 def _copy(path: Path, tensors: dict[str, Tensor], parameters: dict[str, Any]) -> None:

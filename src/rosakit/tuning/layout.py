@@ -20,8 +20,8 @@ def check_mask(mask: object, batch: int) -> None:
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != batch:
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise InvalidInputError(
-            f"attention_mask must be 2-D, [{batch}, positions] with 1 for real tokens, got {shape}; "
-            "windows and documents are derived from it, so ready-made 4-D masks are refused"
+            f"attention_mask must be 2-D, [{batch}, positions] with 1 for real tokens, got "
+            f"{shape}; windows and documents follow from it, so ready-made 4-D masks are refused"
         )
 
 

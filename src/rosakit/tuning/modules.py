@@ -16,21 +16,21 @@ class AttentionSite(NamedTuple):
     """One attention of the decoder.
 
     Attributes:
-        index: its layer, which is also its place in the cache.
+        layer_index: its layer, which is also its place in the cache.
         name: its qualified name in the decoder.
         attention: the module.
         layer: the decoder layer that holds it.
         native_window: the model's own sliding window there, or None.
     """
 
-    index: int
+    layer_index: int
     name: str
     attention: nn.Module
     layer: nn.Module
     native_window: int | None
 
 
-def decoder_of(model: nn.Module) -> Any:
+def decoder_of(model: Any) -> Any:
     """The decoder stack of a causal language model.
 
     Raises:
@@ -65,8 +65,8 @@ def attention_sites(decoder: Any) -> list[AttentionSite]:
             "(_can_record_outputs['attentions']), so its attention cannot be windowed and no "
             "adapter can be placed beside it"
         )
-    modules = dict(decoder.named_modules())
-    sites = []
+    modules: dict[str, nn.Module] = dict(decoder.named_modules())
+    sites: list[AttentionSite] = []
     for name, module in modules.items():
         if not isinstance(module, kinds) or (part is not None and part not in f".{name}"):
             continue
@@ -74,9 +74,9 @@ def attention_sites(decoder: Any) -> list[AttentionSite]:
         index = getattr(module, "layer_idx", None)
         index = len(sites) if index is None else int(index)
         sites.append(AttentionSite(index, name, module, layer, _native_window(module, index)))
-    sites.sort(key=lambda site: site.index)
+    sites.sort(key=lambda site: site.layer_index)
     expected = decoder.config.num_hidden_layers
-    if [site.index for site in sites] != list(range(expected)):
+    if [site.layer_index for site in sites] != list(range(expected)):
         raise UnsupportedModelError(
             f"{type(decoder).__name__} has {len(sites)} attention modules for {expected} layers; "
             "models with attention in some layers only, or several per layer, are not supported"

@@ -32,7 +32,7 @@ NOWHERE = -3
 
 
 class Positions(NamedTuple):
-    """Where tokens stand: integer `segment` and `rank`, ``[B, n]`` each (``[1, n]`` if all alike)."""
+    """Where tokens stand: integers ``[B, n]`` each, ``[1, n]`` where all rows are alike."""
 
     segment: Tensor
     rank: Tensor
@@ -89,7 +89,8 @@ class AttentionPlan:
     ) -> None:
         self.query, self.windowed, self.full = query, windowed, full
         self.plain, self.whole, self.contiguous, self.block = plain, whole, contiguous, block
-        self._masks: dict[tuple[Any, ...], Any] = {}
+        self._masks: dict[tuple[Any, ...], Tensor | None] = {}
+        self._blocks: dict[tuple[int, int], Blocks] = {}
 
     def mask(self, window: int | None, sink_tokens: int, keys: int, *, held: bool) -> Tensor | None:
         """Dense mask ``[B or 1, 1, q, keys]``; None where causal attention is the same.
@@ -100,7 +101,7 @@ class AttentionPlan:
             keys: number of keys that the layer has.
             held: the keys come from a cache of sinks and window, not from a full one.
         """
-        name = ("dense", window, sink_tokens, keys, held)
+        name = (window, sink_tokens, keys, held)
         if name not in self._masks:
             self._masks[name] = self._dense(window, sink_tokens, keys, held)
         return self._masks[name]
@@ -125,11 +126,10 @@ class AttentionPlan:
 
     def blocks(self, window: int, sink_tokens: int) -> Blocks:
         """The block form's layout and masks."""
-        name = ("blocks", window, sink_tokens)
-        if name not in self._masks:
-            self._masks[name] = Blocks(self.query, window, sink_tokens)
-        found: Blocks = self._masks[name]
-        return found
+        name = (window, sink_tokens)
+        if name not in self._blocks:
+            self._blocks[name] = Blocks(self.query, window, sink_tokens)
+        return self._blocks[name]
 
     def wants_blocks(self, window: int | None, sink_tokens: int) -> bool:
         """Whether whole sequences this long are computed in blocks."""
@@ -143,8 +143,8 @@ class AttentionPlan:
 class Blocks:
     """Layout of the block form: query blocks of `size`, each with its keys and its sinks.
 
-    Block ``n`` holds queries ``[n size, (n+1) size)``, keys ``[n size - (W-1), (n+1) size)`` and the
-    sinks of the one document that can reach further back: the one that its first query is in.
+    Block ``n`` holds queries ``[n size, (n+1) size)``, keys ``[n size - (W-1), (n+1) size)`` and
+    the sinks of the one document that can reach further back: the one that its first query is in.
     (Sinks of documents that start later are among the keys.)
     """
 
@@ -189,7 +189,8 @@ class Blocks:
 
     def split_queries(self, x: Tensor) -> Tensor:
         """``[B, H, T, D]`` -> ``[B, H, count, size, D]``."""
-        return F.pad(x, (0, 0, 0, self.tail)).unflatten(2, (self.count, self.size))
+        padded = F.pad(x, (0, 0, 0, self.tail))
+        return padded.view(*x.shape[:2], self.count, self.size, x.shape[3])
 
     def split_keys(self, x: Tensor) -> Tensor:
         """``[B, H, T, D]`` -> ``[B, H, count, S + span, D]``."""
@@ -198,7 +199,7 @@ class Blocks:
         if not self.sinks:
             return near
         index = self.sink_index[:, None, :, None].expand(x.shape[0], x.shape[1], -1, x.shape[3])
-        far = x.gather(2, index).unflatten(2, (self.count, self.sinks))
+        far = x.gather(2, index).view(*x.shape[:2], self.count, self.sinks, x.shape[3])
         return torch.cat([far, near], dim=3)
 
 
@@ -239,10 +240,10 @@ def block_attention(
         mask = mask.flatten(0, 1)[:, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
     if blocks.mask.shape[0] == 1:
-        out = out.transpose(0, 1).unflatten(0, (batch, heads))  # [B, H, count, size, D]
+        out = out.transpose(0, 1).reshape(batch, heads, -1, out.shape[-1])
     else:
-        out = out.unflatten(0, (batch, blocks.count)).transpose(1, 2)
-    return out.flatten(2, 3)[:, :, :length].transpose(1, 2).contiguous()
+        out = out.view(batch, blocks.count, *out.shape[1:]).transpose(1, 2).flatten(2, 3)
+    return out[:, :, :length].transpose(1, 2).contiguous()
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
