@@ -1,0 +1,246 @@
+"""The training loss of an attached model, without a ``[T, V]`` tensor in memory.
+
+Cross entropy and token route need the language model's log probability at the label and at the K
+candidates only, so the vocabulary is visited in chunks of positions that are recomputed in the
+backward pass. Where nothing below the output embedding is trained (the token route alone), no
+graph is built below it at all, and the backward pass touches a few hundred numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from rosakit import symbols
+from rosakit.layers import RosaContext, TokenCandidates, TokenRoute
+from rosakit.tuning.attach import adapters_of, config_of, controller_of, is_attached
+from rosakit.tuning.health import match_health, mean_health, symbol_health, token_route_health
+from rosakit.tuning.modules import decoder_of
+from rosakit.tuning.packing import IGNORE
+
+__all__ = ["Head", "LossModel", "candidate_nll", "find_head", "log_probs_of"]
+
+
+class Head(NamedTuple):
+    """An output embedding that is nothing but a linear map: weight ``[V, H]``, bias ``[V]``."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def find_head(model: Any) -> Head | None:
+    """The model's output embedding, if its logits are exactly that linear map of its decoder.
+
+    Models that scale or cap their logits get None and are trained through their own forward pass.
+    The model must not be attached yet.
+    """
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    found = Head(weight, getattr(head, "bias", None))
+    ids = torch.arange(min(4, weight.shape[0]), device=weight.device)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        hidden = decoder_of(model)(input_ids=ids, use_cache=False)[0]
+        if hidden.shape[-1] != weight.shape[1]:
+            return None
+        logits = F.linear(hidden, *found)
+    same = torch.allclose(logits.float(), expected.float(), rtol=1e-3, atol=1e-3)
+    return found if same else None
+
+
+def log_probs_of(hidden: Tensor, ids: Tensor, head: Head, *, chunk: int | None = None) -> Tensor:
+    """Log probabilities of chosen tokens.
+
+    Args:
+        hidden: ``[N, H]``.
+        ids: int64 ``[N, M]``, the tokens asked for at each position.
+        head: the output embedding.
+        chunk: positions whose logits are held at once; None for a size that suits the device.
+
+    Returns:
+        float32 ``[N, M]``.
+    """
+    if chunk is None:
+        chunk = 2048 if hidden.is_cuda else 128
+
+    def part(h: Tensor, tokens: Tensor) -> Tensor:
+        logits = F.linear(h, *head)
+        if h.is_cuda:
+            logits = logits.float()
+        return logits.gather(-1, tokens).float() - logits.logsumexp(-1, keepdim=True).float()
+
+    learning = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
+    out = []
+    for h, tokens in zip(hidden.split(chunk), ids.split(chunk), strict=True):
+        if learning:
+            out.append(checkpoint(part, h, tokens, use_reentrant=False, preserve_rng_state=False))
+        else:
+            out.append(part(h, tokens))
+    return torch.cat(out) if out else hidden.new_zeros(ids.shape, dtype=torch.float32)
+
+
+def candidate_nll(
+    route: TokenRoute, hidden: Tensor, log_p: Tensor, target: Tensor, found: TokenCandidates
+) -> tuple[Tensor, Tensor]:
+    """Negative log likelihood under the token route's mixture (semantics section 5).
+
+    ``-log(g_keep p_lm(y) + sum of g_k over candidates k that are y)``.
+
+    Args:
+        route: the token route.
+        hidden: ``[N, H]``.
+        log_p: ``[N, 1 + K]``, the model's log probabilities of the target and the candidates.
+        target: ``[N]``.
+        found: candidates ``[N, K]``.
+
+    Returns:
+        The loss ``[N]`` and ``log g_keep [N]``.
+    """
+    log_keep, log_copy = route.gate(hidden, log_p[:, 1:], found)
+    right = (found.token == target[:, None]) & (found.length > 0)
+    copied = log_copy.masked_fill(~right, -math.inf)
+    terms = torch.cat([(log_keep + log_p[:, 0])[:, None], copied], dim=1)
+    return -terms.logsumexp(-1), log_keep
+
+
+class LossModel(nn.Module):
+    """The model and its loss as one module, so that wrappers for parallel training see one call.
+
+    Args:
+        model: the language model, attached or not.
+        head: its output embedding, or None to go through the model's own forward pass.
+
+    Attributes:
+        observe: compute :attr:`health` in the next forward passes.
+        health: health metrics of the last observed forward pass.
+    """
+
+    def __init__(self, model: Any, head: Head | None) -> None:
+        super().__init__()
+        self.model = model
+        self.__dict__["head"] = head
+        self.observe = False
+        self.health: dict[str, float] = {}
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        num_items: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """Mean negative log likelihood in nats a token.
+
+        Args:
+            input_ids, labels: ``[B, T]``; labels of -100 do not count.
+            position_ids: ``[B, T]``, restarting with each document.
+            num_items: what to divide the sum by; None for the number of labels that count.
+
+        Returns:
+            `loss`, and the number of `tokens` that count.
+        """
+        target = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        counted = target != IGNORE
+        watch = _Watch(self.model, self.observe)
+        with watch:
+            nll, found, log_keep = self._nll(input_ids, position_ids, target, counted, watch)
+        tokens = counted.sum()
+        if self.observe:
+            health = watch.health(input_ids)
+            if found is not None and log_keep is not None:
+                wide = TokenCandidates(*(x[None] for x in found))
+                health |= token_route_health(wide, log_keep[None], target[counted][None])
+            self.health = health
+        loss = nll.sum() / (tokens.clamp(min=1) if num_items is None else num_items)
+        return {"loss": loss, "tokens": tokens}
+
+    def _nll(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        target: Tensor,
+        counted: Tensor,
+        watch: _Watch,
+    ) -> tuple[Tensor, TokenCandidates | None, Tensor | None]:
+        """Loss ``[N]`` of the positions that count, their candidates and ``log g_keep``."""
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        wanted = target[counted]
+        head: Head | None = self.__dict__["head"]
+        if head is None:
+            logits = self.model(**inputs).logits[counted]
+            return F.cross_entropy(logits.float(), wanted, reduction="none"), None, None
+        hidden = decoder_of(self.model)(**inputs)[0][counted]
+        context = watch.context
+        if context is None or context.candidates is None:
+            return -log_probs_of(hidden, wanted[:, None], head)[:, 0], None, None
+        found = TokenCandidates(*(x[counted] for x in context.candidates))
+        ids = torch.cat([wanted[:, None], found.token], dim=1)
+        log_p = log_probs_of(hidden, ids, head)
+        route = controller_of(self.model).token_route
+        assert route is not None
+        nll, log_keep = candidate_nll(route, hidden, log_p, wanted, found)
+        return nll, found, log_keep
+
+
+class _Watch:
+    """Records what one forward pass matched and, if asked, the symbols it matched with."""
+
+    def __init__(self, model: Any, observe: bool) -> None:
+        self.controller = controller_of(model) if is_attached(model) else None
+        self.model, self.observe = model, observe and self.controller is not None
+        self.projected: dict[int, Tensor] = {}
+        self._handles: list[Any] = []
+        self._records: list[RosaContext] = []
+
+    @property
+    def context(self) -> RosaContext | None:
+        return self._records[-1] if self._records else None
+
+    def __enter__(self) -> None:
+        if self.controller is None:
+            return
+        self._before, self.controller.recorder = self.controller.recorder, self._records
+        if self.observe:
+            for index, adapter in adapters_of(self.model).items():
+                if adapter.q_proj is not None and adapter.retrieve:
+                    self._handles.append(adapter.q_proj.register_forward_hook(self._keep(index)))
+
+    def __exit__(self, *error: object) -> None:
+        if self.controller is not None:
+            self.controller.recorder = self._before
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, index: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            self.projected[index] = output.detach()
+
+        return hook
+
+    @torch.no_grad()
+    def health(self, input_ids: Tensor) -> dict[str, float]:
+        """Metrics of the recorded pass, averaged over its layers."""
+        if self.context is None:
+            return {}
+        config, context = config_of(self.model), self.context
+        layers = []
+        for index, match in context.matches.items():
+            values = match_health(
+                match,
+                input_ids,
+                segment_starts=context.segment_starts,
+                window=config.window,
+                granularity=config.granularity,
+            )
+            if index in self.projected:
+                packed = symbols.pack(self.projected[index], config.bits)
+                values |= symbol_health(packed, config.bits, segment_starts=context.segment_starts)
+            layers.append(values)
+        return mean_health(layers)

@@ -1,0 +1,110 @@
+"""The folder that a training run leaves: what was trained, how, and on which base model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rosakit.errors import CheckpointError, InvalidInputError, InvalidTypeError
+from rosakit.tuning.attach import freeze_base, is_attached
+from rosakit.tuning.checkpoint import CONFIG_FILE, load_adapter, save_adapter
+from rosakit.tuning.lora import load_lora, lora_parameters, save_lora
+from rosakit.tuning.settings import TuneConfig
+from rosakit.tuning.sources import load_model
+
+__all__ = ["load_result", "load_trained", "read_run", "save_trained", "set_trainable"]
+
+RUN_FILE = "tune.json"
+"""The run's :class:`TuneConfig`, which names the base model."""
+
+
+def set_trainable(model: Any) -> None:
+    """Leave exactly what is stored trainable: adapters, token route, LoRA."""
+    if is_attached(model):
+        freeze_base(model)
+    else:
+        model.requires_grad_(False)
+    for parameter in lora_parameters(model).values():
+        parameter.requires_grad_(True)
+
+
+def save_trained(model: Any, folder: Path, config: TuneConfig) -> None:
+    """Write the trained parameters of a model, and the run's configuration, into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_attached(model):
+        save_adapter(model, folder)
+    save_lora(model, folder, rank=config.lora_rank, alpha=config.lora_alpha)
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    temporary = folder / f".{RUN_FILE}"
+    temporary.write_text(text)
+    os.replace(temporary, folder / RUN_FILE)
+
+
+def load_trained(model: Any, folder: Path) -> None:
+    """Put the trained parameters of a folder into a base model, attaching what it lacks.
+
+    Raises:
+        CheckpointError: incomplete or corrupt files, or files of another model.
+    """
+    load_lora(model, folder)
+    if (folder / CONFIG_FILE).exists() or is_attached(model):
+        load_adapter(model, folder)
+    elif not lora_parameters(model):
+        raise CheckpointError(
+            f"{folder} holds no trained parameters (no {CONFIG_FILE}); give the output folder of "
+            "rosakit tune"
+        )
+
+
+def read_run(folder: str | os.PathLike[str]) -> TuneConfig:
+    """The configuration of the run that wrote a folder.
+
+    Raises:
+        CheckpointError: no result of `rosakit tune`, or a corrupt one.
+    """
+    path = Path(folder) / RUN_FILE
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"no such folder: {folder}; give the output folder of rosakit tune")
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no result of rosakit tune: it has no {RUN_FILE}")
+    try:
+        values = json.loads(path.read_text())
+        return TuneConfig.from_dict(values)
+    except (ValueError, OSError, TypeError, InvalidInputError, InvalidTypeError) as error:
+        raise CheckpointError(f"{path} is corrupt: {error}; train again or restore it") from error
+
+
+def load_result(
+    folder: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[Any, Any, TuneConfig]:
+    """Load a trained model: its base model, and what the run added to it.
+
+    Args:
+        folder: the output folder of a run, or one of its checkpoints.
+        model: base model to use instead of the one that the run names (moved, renamed).
+        dtype, device: see :func:`rosakit.tuning.sources.load_model`; None for the run's own.
+
+    Returns:
+        ``(model, tokenizer, the run's configuration)``.
+
+    Raises:
+        CheckpointError: no result, or a corrupt one; never a model with parts left untrained.
+        InvalidInputError: the base model cannot be found.
+    """
+    config = read_run(folder)
+    base, tokenizer = load_model(
+        config.model if model is None else model,
+        gguf_file=config.gguf_file if model is None else None,
+        dtype=config.dtype if dtype is None else dtype,
+        device=config.device if device is None else device,
+    )
+    load_trained(base, Path(folder))
+    return base.eval(), tokenizer, config

@@ -1,0 +1,322 @@
+"""`tune()`: one call from a configuration to a trained result on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from rosakit.errors import CheckpointError, InvalidInputError
+from rosakit.tuning.attach import attach, is_attached
+from rosakit.tuning.card import write_card
+from rosakit.tuning.data import Document, Documents, read_documents
+from rosakit.tuning.lora import add_lora, lora_parameters
+from rosakit.tuning.loss import LossModel, find_head
+from rosakit.tuning.packing import PackedBlocks
+from rosakit.tuning.progress import LiveCallback, counting
+from rosakit.tuning.result import save_trained, set_trainable
+from rosakit.tuning.settings import TuneConfig
+from rosakit.tuning.sources import load_model
+from rosakit.tuning.trainer import RosaTrainer, StopCallback, last_checkpoint, verify_checkpoint
+
+__all__ = ["TuneResult", "tune"]
+
+_FREE = ("resume", "output", "device", "keep_checkpoints", "save_every", "eval_every")
+"""Settings that may change between a run and its continuation."""
+
+
+@dataclass
+class TuneResult:
+    """What a training run produced.
+
+    Attributes:
+        output: the folder with adapter, configuration, metrics and model card.
+        model: the trained model, attached.
+        tokenizer: its tokenizer.
+        steps: optimizer steps done so far, over all continuations.
+        interrupted: stopped by a signal; `resume` goes on from the checkpoint that was left.
+        losses: training loss of each step, in nats a token.
+        metrics: what `metrics.json` holds.
+    """
+
+    output: Path
+    model: Any
+    tokenizer: Any
+    steps: int
+    interrupted: bool
+    losses: list[float]
+    metrics: dict[str, Any]
+
+
+def tune(
+    config: TuneConfig,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    documents: Documents | None = None,
+    show: bool = True,
+) -> TuneResult:
+    """Train adapters, token route and LoRA on a frozen model, and save what was trained.
+
+    An interrupt (Ctrl-C, SIGTERM) ends the run after the running step with a checkpoint; a second
+    one ends it at once.
+
+    Args:
+        config: the run.
+        model, tokenizer: a loaded, plain model to train instead of loading ``config.model``; it is
+            changed in place.
+        documents: texts to use instead of reading ``config.data``.
+        show: print progress and health to standard error.
+
+    Returns:
+        The result; its files are in ``config.output``.
+
+    Raises:
+        InvalidInputError: settings, model or output folder that cannot be used.
+        DataError: data that cannot be read.
+        CheckpointError: a checkpoint that cannot be written or resumed.
+    """
+    output = Path(config.output)
+    checkpoint = _resumable(config)
+    if documents is None:
+        documents = read_documents(config.data)
+    _make_folder(output)
+    if model is None:
+        model, tokenizer = load_model(
+            config.model, gguf_file=config.gguf_file, dtype=config.dtype, device=config.device
+        )
+    elif tokenizer is None:
+        raise InvalidInputError("tune was given a model without its tokenizer; pass both")
+    train_blocks, eval_blocks, steps = _blocks(config, documents, tokenizer, show)
+    identity = _identity(config, documents.train)
+    if checkpoint is not None:
+        verify_checkpoint(checkpoint, identity)
+
+    wrapped = _prepare(model, config)
+    live = LiveCallback(config.batch_size * config.accumulate * config.length, show)
+    stop = StopCallback()
+    trainer = RosaTrainer(
+        wrapped,
+        config,
+        steps=steps,
+        train_blocks=train_blocks,
+        eval_blocks=eval_blocks,
+        identity=identity,
+        callbacks=[live, stop],
+    )
+    began = time.perf_counter()
+    try:
+        with _interruptible(stop):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.drain()
+            if eval_blocks is not None and not stop.asked:
+                trainer.evaluate()
+    finally:
+        live.close()
+        model.eval()
+    metrics = _metrics(trainer, model, config, documents, steps, time.perf_counter() - began)
+    interrupted = trainer.state.global_step < steps
+    result = TuneResult(
+        output, model, tokenizer, trainer.state.global_step, interrupted, trainer.losses, metrics
+    )
+    _save(result, config)
+    return result
+
+
+def _prepare(model: Any, config: TuneConfig) -> LossModel:
+    """Add LoRA, adapters and token route to a plain model and freeze the rest."""
+    if is_attached(model) or lora_parameters(model):
+        raise InvalidInputError(
+            f"tune needs a plain {type(model).__name__}, this one is attached or has LoRA already; "
+            "load it afresh, or call rosakit.detach on it"
+        )
+    set_seed(config.seed)
+    model.eval()
+    head = find_head(model)
+    if config.lora_rank:
+        add_lora(model, config.lora_rank, config.lora_alpha)
+    attached = config.attached()
+    if attached is not None:
+        attach(model, attached)
+    set_trainable(model)
+    if config.gradient_checkpointing:
+        # Non-reentrant checkpointing needs no gradient at the embeddings, so layers below the
+        # lowest trained one stay out of the backward pass.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return LossModel(model, head)
+
+
+def _resumable(config: TuneConfig) -> Path | None:
+    """The checkpoint to go on from.
+
+    Raises:
+        InvalidInputError: the folder holds a run already, and this one would overwrite it.
+        CheckpointError: nothing to resume.
+    """
+    found = last_checkpoint(config.output)
+    if config.resume:
+        if found is None:
+            raise CheckpointError(
+                f"nothing to resume: {config.output} holds no complete checkpoint; leave out "
+                "resume to start from the beginning"
+            )
+        verify_checkpoint(found)
+        return found
+    if found is not None:
+        raise InvalidInputError(
+            f"{config.output} already holds a run (with {found.name}); go on with resume, choose "
+            "another output, or remove the folder"
+        )
+    return None
+
+
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(
+            f"cannot create the output folder {output}: {error.strerror}"
+        ) from error
+
+
+def _blocks(
+    config: TuneConfig, documents: Documents, tokenizer: Any, show: bool
+) -> tuple[PackedBlocks, PackedBlocks | None, int]:
+    """Training blocks, held-out blocks and the number of steps."""
+    fixed = config.steps is not None or config.tokens is not None
+    a_step = config.batch_size * config.accumulate
+    with counting("tokenising", show) as progress:
+        train = PackedBlocks(
+            documents.train,
+            tokenizer,
+            config.length,
+            config.data,
+            seed=config.seed,
+            count=config.total_steps(0) * a_step if fixed else None,
+            progress=progress,
+        )
+    steps = config.total_steps(len(train))
+    train.count = steps * a_step
+    if not documents.heldout:
+        return train, None, steps
+    # Held-out blocks are never augmented: they measure natural text.
+    data = type(config.data)(sources=config.data.sources, isolate=config.data.isolate)
+    heldout = PackedBlocks(
+        documents.heldout,
+        tokenizer,
+        config.length,
+        data,
+        count=config.eval_blocks,
+        shuffle=False,
+        shrink=True,
+    )
+    heldout.count = min(heldout.count, len(heldout.blocks))
+    return train, heldout, steps
+
+
+def _identity(config: TuneConfig, documents: Sequence[Document]) -> dict[str, Any]:
+    """What two parts of one run have in common: all that decides its numbers."""
+    values = {name: v for name, v in config.to_dict().items() if name not in _FREE}
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest())
+    values["data_digest"] = digest.hexdigest()
+    # As JSON reads it back: tuples become lists.
+    found: dict[str, Any] = json.loads(json.dumps(values))
+    return found
+
+
+def _metrics(
+    trainer: RosaTrainer,
+    model: Any,
+    config: TuneConfig,
+    documents: Documents,
+    steps: int,
+    seconds: float,
+) -> dict[str, Any]:
+    import transformers
+
+    import rosakit
+
+    history = trainer.state.log_history
+    evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    device = next(model.parameters()).device
+    return {
+        "steps": trainer.state.global_step,
+        "steps_planned": steps,
+        "tokens": trainer.state.global_step * config.batch_size * config.accumulate * config.length,
+        "seconds": round(seconds, 2),
+        "parameters_trained": sum(p.numel() for p in trained),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_loss": _tail_mean(trainer.losses),
+        "heldout_loss": evaluated[-1] if evaluated else None,
+        "health": trainer.accelerator.unwrap_model(trainer.model).health,
+        "documents": {
+            "train": len(documents.train),
+            "heldout": len(documents.heldout),
+            "skipped": documents.skipped,
+        },
+        "losses": trainer.losses,
+        "history": history,
+        "seed": config.seed,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "rosakit": rosakit.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _tail_mean(losses: Sequence[float]) -> float | None:
+    """Mean of the last tenth of the losses, which a single noisy step does not decide."""
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail) if tail else None
+
+
+def _save(result: TuneResult, config: TuneConfig) -> None:
+    try:
+        save_trained(result.model, result.output, config)
+        text = json.dumps(result.metrics, indent=2) + "\n"
+        temporary = result.output / ".metrics.json"
+        temporary.write_text(text)
+        os.replace(temporary, result.output / "metrics.json")
+        write_card(result.output, config, result.metrics)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot save the result to {result.output}: {error.strerror or error}. Free some "
+            "space and run again with resume; the checkpoints are unchanged"
+        ) from error
+
+
+@contextmanager
+def _interruptible(stop: StopCallback) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into a request to stop, the second into an interrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
