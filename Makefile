@@ -6,22 +6,23 @@ BIN    := $(VENV)/bin
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
 
-NATIVE := CMakeLists.txt $(shell find cpp -name '*.?pp' -not -path '*/tests/*' 2>/dev/null)
+SOURCES := CMakeLists.txt README.md $(shell find src cpp -name '*.py' -o -name '*.?pp' -o -name '*.cu*')
 
 .PHONY: help demo test lint types pytest docs bench clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
-# One environment for everything, pinned. --no-build-isolation reuses the pinned build tools, so
-# the core is compiled once and again only when its sources change.
+# One environment for everything, pinned. The package is installed as users install it, not as an
+# editable: what runs is what ships. --no-build-isolation reuses the pinned build tools and the
+# objects under build/, so only what changed is compiled.
 $(VENV)/.python: requirements/constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rosakit needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c requirements/constraints.txt -r requirements/dev.txt
 	touch $@
 
-$(VENV)/.rosakit: $(VENV)/.python $(NATIVE)
-	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+$(VENV)/.rosakit: $(VENV)/.python $(SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps --force-reinstall .
 	touch $@
 
 demo: $(VENV)/.rosakit  ## window against window + ROSA on SmolLM2-135M, in minutes
