@@ -36,15 +36,22 @@ class RosaAdapter(nn.Module):
         hidden_size: width of the model.
         bits: bits per route, 1..16.
         routes: number of routes; None for ``hidden_size // bits``.
-        estimator, estimator_options: see :func:`rosakit.ops.rosa`.
+        estimator: gradient estimator by name; see :func:`rosakit.ops.rosa`.
+        estimator_options: its options.
         inject: where the result goes; "pre_attn" adds a learned scalar `alpha`.
-        unmatched, granularity, successor, max_length, min_length: see :func:`rosakit.ops.rosa`.
+        unmatched: what a position without match reads: "zero", "self" or "null" (learned).
+        granularity: "token" or "run".
+        successor: "available" or "strict"; run granularity only.
+        max_length: longer matches count as this long; None for no limit.
+        min_length: a shorter best match is no match.
         own_value: adds the position's own value as a second input of ``W_o``.
         retrieve: False is the control: every retrieved value is the position's own.
         address: "learned" (projections q and k), or "token": the exact token-id match, shared by
             all routes; then the adapter has no q and k.
         tied_start: start the key projection as a copy of the query projection.
         layer_index: the decoder layer that the adapter belongs to.
+        device: where the parameters live.
+        dtype: their type.
 
     Raises:
         InvalidInputError: sizes or options that do not fit.

@@ -43,6 +43,7 @@ class TokenRoute(nn.Module):
         min_length: shorter matches are no candidates.
         retrieve: False is the control: every candidate becomes the position's own token, with all
             parameters and features unchanged, so that nothing is retrieved.
+        device: where the parameters live; they are float32 whatever the model's dtype.
 
     Shapes:
         hidden ``[B, T, H]``, logits ``[B, T, V]``, candidates ``[B, T, K]`` each.

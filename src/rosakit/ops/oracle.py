@@ -28,7 +28,12 @@ def suffix_match_oracle(
     """Longest earlier match of the current suffix, latest on ties, for every position.
 
     Args:
-        q, k: integer symbols ``[B, R, T]``.
+        q: integer symbols ``[B, R, T]``.
+        k: the same shape.
+        granularity: "token" or "run".
+        successor: "available" or "strict"; run granularity only.
+        max_length: longer matches count as this long.
+        min_length: a shorter best match is no match.
         segment_starts: int32 ``[B, T]`` or None; see :mod:`rosakit.ops.segments`.
         counterfactual_bits: number ``M`` of low bits of the query's last symbol to flip.
 
@@ -161,7 +166,9 @@ def retrieve_oracle(
     Args:
         v: ``[B, T, C]`` real values; a bit is 1 where ``v > 0``.
         position: int ``[B, R, T]`` from a match, ``C = R * bits``.
-        e0, e1: ``[C]``.
+        e0: ``[C]``.
+        e1: ``[C]``.
+        bits: bits per route.
         unmatched: what a position without match gives: exact zeros, its own value, or `e_null`.
 
     Returns:

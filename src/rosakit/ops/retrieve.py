@@ -32,7 +32,9 @@ def retrieve(
     Args:
         v: ``[B, T, C]`` floating point, ``C = R * bits``.
         position: int32 ``[B, R, T]``, -1 where nothing matched.
-        e0, e1: ``[C]``, the two values of each channel.
+        e0: ``[C]``, the value of a 0 bit.
+        e1: ``[C]``, the value of a 1 bit.
+        bits: bits per route.
         unmatched: "zero" (exact zeros), "self" (the position's own value) or "null" (`e_null`).
         e_null: ``[C]``, needed by ``unmatched="null"``.
 

@@ -69,13 +69,25 @@ def rosa(
     ``r * bits .. r * bits + bits - 1`` of `q`) matched; `unmatched` decides the rest.
 
     Args:
-        q, k, v: ``[B, T, C]`` floating point, one dtype and device, ``C = R * bits``.
-        e0, e1: ``[C]``, the values that a 0 bit and a 1 bit inject.
+        q: queries ``[B, T, C]``, floating point, ``C = R * bits``.
+        k: keys, same shape, dtype and device.
+        v: values, same shape and device.
+        e0: ``[C]``, the value that a 0 bit injects.
+        e1: ``[C]``, the value that a 1 bit injects.
         bits: bits per route, 1..16.
         estimator: how gradients flow; see ``rosakit.ops.estimators.names()``.
-        unmatched: "zero", "self" or "null" (needs `e_null` ``[C]``).
-        granularity, successor, max_length, min_length, attention_mask, lengths, cu_seqlens,
-            document_ids, segment_starts, backend: as in :func:`rosakit.ops.suffix_match`.
+        unmatched: what a position without match reads: "zero", "self" (its own value) or "null".
+        e_null: ``[C]``, the learned vector of ``unmatched="null"``.
+        granularity: "token" or "run"; see :func:`rosakit.ops.suffix_match`.
+        successor: "available" or "strict"; run granularity only.
+        max_length: longer matches count as this long.
+        min_length: a shorter best match is no match.
+        attention_mask: ``[B, T]`` padding mask.
+        lengths: ``[B]`` lengths of right-padded rows.
+        cu_seqlens: ``[N + 1]`` cumulative lengths of documents packed into one row.
+        document_ids: ``[B, T]``, a number a document, negative at padding.
+        segment_starts: ``[B, T]``, the resolved form of the four above; give at most one.
+        backend: "auto", "cpu", "cuda" or "oracle".
         return_match: also return the :class:`Match` that was read.
         **estimator_options: options of the estimator.
 

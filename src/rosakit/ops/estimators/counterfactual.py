@@ -49,8 +49,15 @@ def counterfactual(
     """Hard retrieval forward, counterfactual gradients backward.
 
     Args:
-        q, k, v: ``[B, T, C]``.
-        e0, e1: ``[C]``.
+        q: ``[B, T, C]``.
+        k: ``[B, T, C]``.
+        v: ``[B, T, C]``.
+        e0: ``[C]``.
+        e1: ``[C]``.
+        bits: bits per route.
+        match: how streams are matched.
+        unmatched: what a position without match reads.
+        e_null: ``[C]`` for ``unmatched="null"``.
         key_credit: "matched" credits the key that was compared, "successor" the position that was
             read (the published rule).
         soft_values: contrast ``sigmoid(v)`` (default) or the hard bits.
