@@ -319,7 +319,7 @@ def test_caches_that_cannot_work_are_refused():
         (filled, "already holds 8 tokens that rosakit never saw"),
         (static, "StaticLayer"),
         (((torch.zeros(1), torch.zeros(1)),), "needs a DynamicCache"),
-        (DynamicCache(config=build(layers=2).config), None),
+        (DynamicCache(config=build(depth=2).config), None),
     ):
         with torch.no_grad():
             if message is None:

@@ -20,13 +20,13 @@ FAMILIES = ("llama", "qwen3", "mistral", "gpt_neox")
 VOCABULARY = 61
 
 
-def build(family: str = "llama", layers: int = 3, **changes):
+def build(family: str = "llama", depth: int = 3, **changes):
     """A float32 model in eval mode; the same weights on every call."""
     common = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": depth,
         "num_attention_heads": 4,
         "max_position_embeddings": 512,
         "initializer_range": 0.2,
@@ -46,9 +46,9 @@ def build(family: str = "llama", layers: int = 3, **changes):
     return model(config(**{**common, **extra, **changes})).eval()
 
 
-def attached(family: str = "llama", *, noise: float = 0.1, layers: int = 3, **options):
+def attached(family: str = "llama", *, noise: float = 0.1, **options):
     """An attached model whose added parameters are perturbed, so that all of them matter."""
-    model = attach(build(family, layers), RosaConfig(**{"window": 9, "sink_tokens": 3, **options}))
+    model = attach(build(family), RosaConfig(**{"window": 9, "sink_tokens": 3, **options}))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in rosa_parameters(model).values():

@@ -1,22 +1,38 @@
-"""Hugging Face models with rosakit: configuration, attach and detach, windows, checkpoints."""
+"""Hugging Face models with rosakit: configuration, attach and detach, windows, training.
+
+Names are imported when they are first used, so that configurations (and the command line's help)
+do not wait for transformers.
+"""
 
 from __future__ import annotations
 
-from rosakit.tuning.attach import (
-    adapters_of,
-    attach,
-    config_of,
-    detach,
-    freeze_base,
-    is_attached,
-    record_matches,
-    rosa_parameters,
-)
-from rosakit.tuning.checkpoint import load_adapter, save_adapter
-from rosakit.tuning.config import RosaConfig
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rosakit.tuning.attach import (
+        adapters_of,
+        attach,
+        config_of,
+        detach,
+        freeze_base,
+        is_attached,
+        record_matches,
+        rosa_parameters,
+    )
+    from rosakit.tuning.checkpoint import load_adapter, save_adapter
+    from rosakit.tuning.config import RosaConfig
+    from rosakit.tuning.data import DataConfig
+    from rosakit.tuning.result import load_result
+    from rosakit.tuning.settings import TuneConfig
+    from rosakit.tuning.sources import load_model
+    from rosakit.tuning.train import TuneResult, tune
 
 __all__ = [
+    "DataConfig",
     "RosaConfig",
+    "TuneConfig",
+    "TuneResult",
     "adapters_of",
     "attach",
     "config_of",
@@ -24,7 +40,44 @@ __all__ = [
     "freeze_base",
     "is_attached",
     "load_adapter",
+    "load_model",
+    "load_result",
     "record_matches",
     "rosa_parameters",
     "save_adapter",
+    "tune",
 ]
+
+_ATTACH = (
+    "adapters_of",
+    "attach",
+    "config_of",
+    "detach",
+    "freeze_base",
+    "is_attached",
+    "record_matches",
+    "rosa_parameters",
+)
+_HOME = {
+    **dict.fromkeys(_ATTACH, "attach"),
+    **dict.fromkeys(("load_adapter", "save_adapter"), "checkpoint"),
+    "RosaConfig": "config",
+    "DataConfig": "data",
+    "load_result": "result",
+    "TuneConfig": "settings",
+    "load_model": "sources",
+    **dict.fromkeys(("TuneResult", "tune"), "train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        found = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        # A submodule of the same name (`attach`) must not hide the function once it is imported.
+        globals()[name] = found
+        return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rosakit import symbols
-from rosakit.errors import InvalidInputError, InvalidTypeError, RosakitError
+from rosakit.errors import InvalidInputError, InvalidTypeError
 from rosakit.layers import RosaAdapter, RosaContext, TokenRoute
 from rosakit.tuning import attention
 from rosakit.tuning.config import RosaConfig
@@ -63,12 +63,17 @@ def attach(model: Any, config: RosaConfig) -> Any:
             f"this {type(model).__name__} is attached already; call rosakit.detach(model) first"
         )
     decoder = decoder_of(model)
-    if decoder is not model and any("rosa" in m._modules for m in decoder.modules()):
+    sites = attention_sites(decoder)
+    if any("rosa" in s.layer._modules or hasattr(s.attention, attention.ATTRIBUTE) for s in sites):
         raise InvalidInputError(
             f"the decoder of this {type(model).__name__} is attached already through another "
             "model object; call rosakit.detach on that one first"
         )
-    sites = attention_sites(decoder)
+    if decoder.config._attn_implementation == attention.NAME:
+        raise InvalidInputError(
+            f"this {type(model).__name__} shares its config object with an attached model; build "
+            "it from copy.deepcopy(config), or detach the other one first"
+        )
     shared = Shared()
     windowed = _windowed(config, decoder, sites)
     head = check_token_route(model) if config.token_route else None
@@ -275,8 +280,6 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _connect(site: AttentionSite, injected: InjectedAdapter) -> None:
-    if "rosa" in site.layer._modules or hasattr(site.layer, "rosa"):
-        raise RosakitError(f"{type(site.layer).__name__} has an attribute 'rosa' of its own")
     site.layer.rosa = injected
     if injected.adapter.inject == "post_attn":
         site.attention.register_forward_hook(injected.post_attn, with_kwargs=True)

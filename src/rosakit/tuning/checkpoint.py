@@ -94,6 +94,7 @@ def save_adapter(
         "tensors": {"file": file, "bytes": len(data), "sha256": digest},
     }
     target = Path(directory)
+    known = (target / file).exists()
     try:
         target.mkdir(parents=True, exist_ok=True)
         _write(target / file, data)
@@ -103,6 +104,9 @@ def save_adapter(
             if old.name != file:
                 old.unlink()
     except OSError as error:
+        if not known:
+            with contextlib.suppress(OSError):
+                (target / file).unlink()
         raise CheckpointError(
             f"cannot save to {target}: {error.strerror or error}. Free some space or choose "
             "another directory; a checkpoint that was there before is unchanged"
