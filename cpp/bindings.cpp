@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
+#include "rosakit/bitflip.hpp"
 #include "rosakit/matcher.hpp"
 #include "rosakit/memory.hpp"
 #include "rosakit/pool.hpp"
@@ -63,6 +64,45 @@ void def_match(nb::module_& m) {
         nb::call_guard<nb::gil_scoped_release>());
 }
 
+template <class T>
+void bitflip_arrays(In<T, 3> q, In<T, 3> k, In<T, 3> v, MaybeIn<i32, 2> starts, In<double, 4> grad,
+                    In<double, 2> e0, In<double, 2> e1, MaybeIn<double, 2> e_null,
+                    bool unmatched_self, Out<double, 4> credit_q, Out<double, 4> credit_k,
+                    u32 max_length, u32 min_length) {
+  BitflipCall<T> call;
+  call.batch = q.shape(0), call.routes = q.shape(1), call.time = q.shape(2);
+  call.bits = static_cast<unsigned>(grad.shape(3));
+  const auto stream = [&](const auto& a) {
+    return a.shape(0) == call.batch && a.shape(1) == call.routes && a.shape(2) == call.time;
+  };
+  const auto rows = [&](const auto& a) { return stream(a) && a.shape(3) == call.bits; };
+  const auto level = [&](const auto& a) { return a.shape(0) == call.routes && a.shape(1) == call.bits; };
+  expect(stream(k) && stream(v) && rows(grad) && rows(credit_q) && rows(credit_k),
+         "q, k, v must have shape [B, R, T], grad and the results [B, R, T, M]");
+  expect(level(e0) && level(e1) && (!e_null || level(*e_null)), "e0, e1, e_null must have shape [R, M]");
+  expect(call.bits >= 1 && call.bits <= 16, "1 to 16 bits can be flipped");
+  expect(!starts || (starts->shape(0) == call.batch && starts->shape(1) == call.time),
+         "segment_starts must have shape [B, T]");
+  call.q = q.data(), call.k = k.data(), call.v = v.data();
+  call.segment_starts = starts ? starts->data() : nullptr;
+  call.grad = grad.data(), call.e0 = e0.data(), call.e1 = e1.data();
+  call.e_null = e_null ? e_null->data() : nullptr;
+  call.unmatched_self = unmatched_self;
+  call.credit_q = credit_q.data(), call.credit_k = credit_k.data();
+  call.max_length = max_length, call.min_length = min_length;
+  bitflip(call);
+}
+
+template <class T>
+void def_bitflip(nb::module_& m) {
+  m.def("bitflip", &bitflip_arrays<T>, nb::arg("q").noconvert(), nb::arg("k").noconvert(),
+        nb::arg("v").noconvert(), nb::arg("segment_starts").noconvert().none(),
+        nb::arg("grad").noconvert(), nb::arg("e0").noconvert(), nb::arg("e1").noconvert(),
+        nb::arg("e_null").noconvert().none(), nb::arg("unmatched_self"),
+        nb::arg("credit_q").noconvert(), nb::arg("credit_k").noconvert(), nb::arg("max_length"),
+        nb::arg("min_length"), nb::call_guard<nb::gil_scoped_release>());
+}
+
 void successors_arrays(In<i32, 2> tokens, MaybeIn<i32, 2> starts, Out<i32, 3> position,
                        Out<i32, 3> length, u32 max_length, u32 min_length) {
   SuccessorCall call;
@@ -118,6 +158,8 @@ NB_MODULE(_core, m) {
   def_match<u8>(m);
   def_match<u16>(m);
   def_match<i32>(m);
+  def_bitflip<u8>(m);
+  def_bitflip<u16>(m);
   m.def("best_successors", &successors_arrays, nb::arg("tokens").noconvert(),
         nb::arg("segment_starts").noconvert().none(), nb::arg("position").noconvert(),
         nb::arg("length").noconvert(), nb::arg("max_length"), nb::arg("min_length"),

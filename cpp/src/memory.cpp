@@ -1,6 +1,7 @@
 #include "rosakit/memory.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 
 #include "rosakit/lane.hpp"
@@ -9,9 +10,32 @@
 namespace rosakit {
 namespace {
 
+template <bool kWide>
+std::shared_ptr<Lane> make_lane_of(const MemoryOptions& o) {
+  const Budget budget{o.walk_per_symbol, o.walk_base};
+  if (o.rule.granularity == Granularity::run)
+    return std::make_shared<TypedLane<kWide, true>>(o.rule, o.bits, budget);
+  return std::make_shared<TypedLane<kWide, false>>(o.rule, o.bits, budget);
+}
 std::shared_ptr<Lane> make_lane(const MemoryOptions& o) {
-  if (o.bits && o.bits <= 8) return std::make_shared<TypedLane<false>>(o.rule, o.bits);
-  return std::make_shared<TypedLane<true>>(o.rule, o.bits);
+  return o.bits && o.bits <= 8 ? make_lane_of<false>(o) : make_lane_of<true>(o);
+}
+
+/// A lane that takes longer streams, fed with what `lane` was fed with.
+std::shared_ptr<Lane> widen(const Lane& lane, const MemoryOptions& o) {
+  auto wide = make_lane_of<true>(o);
+  i32 position, length;
+  for (u32 i = 0; i < lane.length(); ++i)
+    wide->step(lane.query(i), lane.key(i), i + Lane::kUndoDepth >= lane.length(), &position, &length);
+  return wide;
+}
+
+/// A lane that only this memory holds.
+Lane& own(std::shared_ptr<Lane>& lane) {
+  if (lane.use_count() > 1) lane = lane->clone();
+  // Other holders dropped the lane after they copied it; what they read precedes what we write.
+  std::atomic_thread_fence(std::memory_order_acquire);
+  return *lane;
 }
 
 /// Throws unless every unmasked symbol is below 2^bits.
@@ -43,27 +67,51 @@ SuffixMemory& SuffixMemory::operator=(SuffixMemory&&) noexcept = default;
 SuffixMemory::~SuffixMemory() = default;
 
 template <class T>
+void SuffixMemory::feed(std::size_t s, const Chunk<T>& chunk) {
+  const std::size_t n = chunk.n, width = chunk.candidates ? chunk.candidates : 1;
+  const u8* mask = chunk.mask ? chunk.mask + s / options_.routes * n : nullptr;
+  if (!lanes_[s]->has_room(n)) [[unlikely]] lanes_[s] = widen(*lanes_[s], options_);
+  Lane& lane = own(lanes_[s]);
+  std::size_t left = mask ? n - static_cast<std::size_t>(std::count(mask, mask + n, u8{0})) : n;
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::size_t at = s * n + i;
+    i32* position = chunk.position + at * width;
+    i32* length = chunk.length + at * width;
+    if (mask && !mask[i]) {
+      std::fill(position, position + width, kNull);
+      std::fill(length, length + width, 0);
+      continue;
+    }
+    const bool undoable = left-- <= Lane::kUndoDepth;
+    if (chunk.candidates)
+      lane.step_candidates(static_cast<u32>(chunk.q[at]), chunk.candidates, undoable, position, length);
+    else
+      lane.step(static_cast<u32>(chunk.q[at]), static_cast<u32>(chunk.k[at]), undoable, position, length);
+  }
+}
+
+template <class T>
 void SuffixMemory::extend(const Chunk<T>& chunk) {
   const std::size_t n = chunk.n;
+  if (!n || lanes_.empty()) return;
   check_symbols(chunk.q, "q", options_, chunk);
   if (chunk.k != chunk.q) check_symbols(chunk.k, "k", options_, chunk);
-  parallel_for(lanes_.size(), [&](std::size_t s, unsigned) {
-    if (lanes_[s].use_count() > 1) lanes_[s] = lanes_[s]->clone();
-    Lane& lane = *lanes_[s];
-    const u8* mask = chunk.mask ? chunk.mask + s / options_.routes * n : nullptr;
-    const std::size_t width = chunk.candidates ? chunk.candidates : 1;
-    for (std::size_t i = 0; i < n; ++i) {
-      const std::size_t at = s * n + i;
-      i32* position = chunk.position + at * width;
-      i32* length = chunk.length + at * width;
-      if (mask && !mask[i]) {
-        std::fill(position, position + width, kNull);
-        std::fill(length, length + width, 0);
-      } else if (chunk.candidates) {
-        lane.step_candidates(static_cast<u32>(chunk.q[at]), chunk.candidates, position, length);
-      } else {
-        lane.step(static_cast<u32>(chunk.q[at]), static_cast<u32>(chunk.k[at]), position, length);
-      }
+  // Lanes are fed in blocks. Within a block of short chunks, lanes ahead are brought into cache stage
+  // by stage while this one takes its step: their accesses depend on each other, ours do not.
+  const std::size_t block = std::max<std::size_t>(1, std::min<std::size_t>(64, 4096 / (n + 1)));
+  const std::size_t blocks = (lanes_.size() + block - 1) / block;
+  parallel_for(blocks, [&](std::size_t b, unsigned) {
+    const std::size_t first = b * block, last = std::min(lanes_.size(), first + block);
+    constexpr std::size_t kDistance = 2;
+    for (std::size_t s = first; s < last + Lane::kStages * kDistance; ++s) {
+      if (block > 1)
+        for (unsigned stage = 0; stage < Lane::kStages; ++stage) {
+          const std::size_t ahead = s - stage * kDistance;
+          if (ahead >= first && ahead < last && s >= stage * kDistance)
+            lanes_[ahead]->approach(stage, static_cast<u32>(chunk.q[ahead * n]),
+                                    static_cast<u32>(chunk.k[ahead * n]));
+        }
+      if (s >= first + Lane::kStages * kDistance) feed(s - Lane::kStages * kDistance, chunk);
     }
   });
   for (std::size_t b = 0; b < options_.batch; ++b) {
@@ -96,9 +144,7 @@ void SuffixMemory::truncate(std::size_t row, i64 length) {
   if (length < 0) throw std::invalid_argument("a length must be >= 0, got " + std::to_string(length));
   if (length >= lengths_[row]) return;
   parallel_for(options_.routes, [&](std::size_t r, unsigned) {
-    auto& lane = lanes_[row * options_.routes + r];
-    if (lane.use_count() > 1) lane = lane->clone();
-    lane->truncate(static_cast<u32>(length));
+    own(lanes_[row * options_.routes + r]).truncate(static_cast<u32>(length));
   });
   lengths_[row] = length;
 }

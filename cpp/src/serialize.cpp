@@ -162,11 +162,12 @@ SuffixMemory SuffixMemory::deserialize(std::span<const char> bytes) {
   const u32 limit = u32{1} << (o.bits ? o.bits : 31);
   parallel_for(lanes, [&](std::size_t s, unsigned) {
     i32 position, length;
-    for (i64 i = 0; i < memory.lengths_[s / o.routes]; ++i) {
+    const i64 n = memory.lengths_[s / o.routes];
+    for (i64 i = 0; i < n; ++i) {
       const u32 q = get(symbols[s].query + i * h.symbol_bytes, h.symbol_bytes);
       const u32 k = get(symbols[s].key + i * h.symbol_bytes, h.symbol_bytes);
       if (q >= limit || k >= limit) throw std::runtime_error("memory file: a symbol is out of range");
-      memory.lanes_[s]->step(q, k, &position, &length);
+      memory.lanes_[s]->step(q, k, i + static_cast<i64>(Lane::kUndoDepth) >= n, &position, &length);
     }
   });
   return memory;

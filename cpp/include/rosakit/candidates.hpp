@@ -10,10 +10,10 @@ namespace rosakit {
 /// Collects candidates for the stream's current cursor, whose key has just been appended: walks from
 /// the match towards the root, and at each state takes the successors not seen before, latest first.
 /// `position`/`length` have `k` places, filled with -1/0 where there are fewer candidates.
-template <bool kWide>
 class Candidates {
  public:
-  void collect(const Stream<kWide>& stream, Cursor at, unsigned k, u32 min_length, i32 base,
+  template <class Stream>
+  void collect(Stream& stream, Cursor at, unsigned k, u32 min_length, i32 base,
                i32* position, i32* length) {
     unsigned found = 0;
     u32 u = at.state, n = at.length;
@@ -23,7 +23,7 @@ class Candidates {
       stream.tree.for_each(u, [&](u32 symbol, u32 target) {
         for (u32 s : seen_)
           if (s == symbol) return;
-        round_.push_back({stream.tree.end(target), symbol});
+        round_.push_back({stream.latest(target), symbol});
       });
       const std::size_t take = std::min<std::size_t>(k - found, round_.size());
       std::partial_sort(round_.data(), round_.data() + take, round_.data() + round_.size(),

@@ -7,10 +7,9 @@
 
 namespace rosakit {
 
-template <bool kWide>
 class Growth {
  public:
-  void reset() { seen_.fill({}); }
+  void reset() { seen_ = {}; }
 
   /// Key run `e` has just been appended and the query is at run `rho`. If the string under the
   /// cursor also ends at `e`, compares further to the left: a longer string that ends at `e` occurs
@@ -18,11 +17,14 @@ class Growth {
   ///
   /// What was found on a diagonal is remembered, so a query that runs ahead of a lagged copy of the
   /// keys is not compared again and again.
-  template <class Symbol>
-  u32 update(Stream<kWide>& stream, const Symbol* query, const Symbol* keys, i32 rho, i32 e, u32 cap) {
-    if (query[rho] != keys[e]) return 0;
+  template <class Stream, class Symbols>
+  u32 update(Stream& stream, const Symbols& query, const Symbols& keys, i32 rho, i32 e, u32 cap) {
+    const auto differ = [&](u32 back) {
+      return query[static_cast<u32>(rho) - back] != keys[static_cast<u32>(e) - back];
+    };
+    if (differ(0)) return 0;
     Cursor& at = stream.at;
-    if (at.length && stream.tree.end(at.state) != e) return 0;
+    if (at.length && stream.latest(at.state) != e) return 0;
     const u32 longest = static_cast<u32>(rho < e ? rho : e) + 1;
     const u32 limit = longest < cap ? longest : cap;
     Seen& memo = seen_[static_cast<u32>(e - rho) % seen_.size()];
@@ -34,7 +36,7 @@ class Growth {
         length = back + memo.length < limit ? back + memo.length : limit;
         break;
       }
-      if (query[rho - static_cast<i32>(length)] != keys[e - static_cast<i32>(length)]) break;
+      if (differ(length)) break;
     }
     memo = {rho, e, length};
     if (length > at.length) at = {stream.tree.last(), length};

@@ -1,7 +1,9 @@
-// One stream of a SuffixMemory: its matcher and the symbols it was fed with.
+// One stream of a SuffixMemory: its matcher, the symbols it was fed with, and its undo log.
 #pragma once
 
+#include <algorithm>
 #include <memory>
+#include <mutex>
 
 #include "rosakit/candidates.hpp"
 #include "rosakit/run_stream.hpp"
@@ -10,94 +12,254 @@ namespace rosakit {
 
 class Lane {
  public:
+  static constexpr unsigned kStages = 6;  // of `approach`
+  /// Steps that can always be undone without replaying the stream.
+  static constexpr std::size_t kUndoDepth = 16;
+
   virtual ~Lane() = default;
-  virtual std::unique_ptr<Lane> clone() const = 0;
+  /// A copy that shares all pages. Safe to call from several threads as long as nobody feeds the
+  /// source, which only its sole owner may.
+  virtual std::shared_ptr<Lane> clone() const = 0;
   virtual u32 length() const = 0;
-  /// Feeds one position; the result is (position, length) of semantics 2.
-  virtual void step(u32 q, u32 k, i32* position, i32* length) = 0;
+  /// Whether the lane can take `n` more symbols.
+  virtual bool has_room(std::size_t n) const = 0;
+
+  /// Feeds one position; the result is (position, length) of semantics 2. `undoable` steps form the
+  /// end of what was fed: an undoable step is not followed by one that is not.
+  virtual void step(u32 q, u32 k, bool undoable, i32* position, i32* length) = 0;
   /// Feeds one position of a self-matching stream and collects its best successors.
-  virtual void step_candidates(u32 token, unsigned candidates, i32* position, i32* length) = 0;
+  virtual void step_candidates(u32 token, unsigned candidates, bool undoable, i32* position,
+                               i32* length) = 0;
+  /// Brings what the next step with (q, k) will touch nearer, one dependent access a stage.
+  virtual void approach(unsigned stage, u32 q, u32 k) const = 0;
   virtual void truncate(u32 length) = 0;
+
   virtual u32 query(u32 i) const = 0;
   virtual u32 key(u32 i) const = 0;
   virtual bool self() const = 0;  // query and keys are equal so far
+  virtual bool linked() const = 0;
   virtual std::size_t live_bytes() const = 0;
   virtual std::size_t reserved_bytes() const = 0;
 };
 
-template <bool kWide>
+template <bool kWide, bool kRun>
 class TypedLane final : public Lane {
  public:
+  using Engine = std::conditional_t<kRun, RunStream<kWide, Paged>, Stream<kWide, Paged>>;
   using Symbol = typename Automaton<kWide>::Symbol;
 
-  TypedLane(const Rule& rule, unsigned bits) : rule_(rule), bits_(bits) { runs_.reset(bits); }
+  TypedLane(const Rule& rule, unsigned bits, const Budget& budget)
+      : rule_(rule), bits_(bits), engine_(bits) {
+    stream().budget = budget;
+    attach_journal();
+  }
+  TypedLane(const TypedLane& other)
+      : rule_(other.rule_), bits_(other.bits_), self_(other.self_), before_(other.before_),
+        engine_(other.engine_), keys_(other.keys_), queries_(other.queries_), journal_(other.journal_) {
+    attach_journal();
+  }
+  TypedLane& operator=(const TypedLane&) = delete;
 
-  std::unique_ptr<Lane> clone() const override { return std::make_unique<TypedLane>(*this); }
+  std::shared_ptr<Lane> clone() const override {
+    std::lock_guard lock(copying_);
+    return std::make_shared<TypedLane>(*this);
+  }
   u32 length() const override { return static_cast<u32>(keys_.size()); }
+  bool has_room(std::size_t n) const override {
+    return keys_.size() + n <= Automaton<kWide>::kMaxSymbols;
+  }
 
-  void step(u32 q, u32 k, i32* position, i32* length) override {
-    record(q, k);
-    const Hit h = advance(static_cast<Symbol>(q), static_cast<Symbol>(k));
+  void step(u32 q, u32 k, bool undoable, i32* position, i32* length) override {
+    const Hit h = feed(q, k, undoable);
     const bool ok = h.length && h.length >= rule_.min_length;
     *position = ok ? h.end + 1 : kNull;
     *length = ok ? static_cast<i32>(h.length) : 0;
   }
-  void step_candidates(u32 token, unsigned candidates, i32* position, i32* length) override {
-    record(token, token);
-    advance(static_cast<Symbol>(token), static_cast<Symbol>(token));
-    runs_.stream.normalise();
-    candidates_.collect(runs_.stream, runs_.stream.at, candidates, rule_.min_length, 0, position, length);
+  void step_candidates(u32 token, unsigned candidates, bool undoable, i32* position,
+                       i32* length) override {
+    feed(token, token, undoable);
+    stream().normalise();
+    static thread_local Candidates scratch;
+    scratch.collect(stream(), stream().at, candidates, rule_.min_length, 0, position, length);
   }
+
+  void approach(unsigned stage, u32 q, u32 k) const override {
+    const auto& tree = stream().tree;
+    const u32 at = stream().at.state;
+    if (stage == 0) {
+      for (std::size_t line = 0; line < sizeof *this; line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(this) + line);
+    } else if (stage == 1) {
+      tree.prefetch_state(at);
+      tree.prefetch_state(tree.last());
+    } else if (stage == 2) {
+      tree.prefetch_row(at);
+      tree.prefetch_state(tree.link(at));
+      tree.prefetch_state(tree.link(tree.last()));
+    } else if (stage == 3) {
+      if (const u32 t = tree.find(at, q)) tree.prefetch_state(t);
+      const u32 chain = tree.link(tree.last());
+      tree.prefetch_row(chain);
+      tree.prefetch_state(tree.link(chain));
+    } else if (stage == 4) {
+      const u32 chain = tree.link(tree.last());
+      if (const u32 t = tree.find(chain, k)) tree.prefetch_state(t);
+      const u32 upper = tree.link(chain);
+      tree.prefetch_row(upper);
+      tree.prefetch_state(tree.link(upper));
+    } else {
+      const u32 upper = tree.link(tree.link(tree.last()));
+      if (const u32 t = tree.find(upper, k)) tree.prefetch_state(t);
+      tree.prefetch_row(tree.link(upper));
+    }
+  }
+
   void truncate(u32 length) override {
     if (length >= keys_.size()) return;
-    runs_.reset(bits_);
-    keys_.resize(length);
-    if (!self_) queries_.resize(length);
-    for (u32 i = 0; i < length; ++i) advance(self_ ? keys_[i] : queries_[i], keys_[i]);
+    const std::size_t surplus = keys_.size() - length;
+    if (surplus <= journal_.steps()) {
+      for (std::size_t s = 0; s < surplus; ++s) journal_.undo_step([this](const auto& e) { undo(e); });
+      if constexpr (kRun) engine_.growth.reset();
+      shorten(length);
+    } else {
+      replay(length);
+    }
   }
+
   u32 query(u32 i) const override { return self_ ? keys_[i] : queries_[i]; }
   u32 key(u32 i) const override { return keys_[i]; }
   bool self() const override { return self_; }
+  bool linked() const override { return stream().linked; }
   std::size_t live_bytes() const override {
-    return sizeof *this + runs_.stream.tree.live_bytes() +
-           (keys_.size() + queries_.size() + runs_.query_run.size() + runs_.key_run.size()) * sizeof(Symbol) +
-           runs_.key_start.size() * 4;
+    return sizeof *this + journal_.live_bytes() +
+           sum([](const auto& part) { return part.live_bytes(); });
   }
   std::size_t reserved_bytes() const override {
-    return sizeof *this + runs_.stream.tree.reserved_bytes() +
-           (keys_.capacity() + queries_.capacity() + runs_.query_run.capacity() + runs_.key_run.capacity()) *
-               sizeof(Symbol) +
-           runs_.key_start.capacity() * 4;
+    return sizeof *this + journal_.reserved_bytes() +
+           sum([](const auto& part) { return part.reserved_bytes(); });
   }
 
  private:
-  void record(u32 q, u32 k) {
+  enum : u32 { kAreaLane = 25 };  // of the journal
+
+  auto& stream() {
+    if constexpr (kRun) return engine_.stream;
+    else return engine_;
+  }
+  const auto& stream() const { return const_cast<TypedLane*>(this)->stream(); }
+  void attach_journal() {
+    stream().tree.set_journal(&journal_);
+    stream().forest.set_journal(&journal_);
+  }
+  template <class F>
+  std::size_t sum(F&& bytes) const {
+    std::size_t total = bytes(stream().tree) + bytes(stream().forest) + bytes(keys_) + bytes(queries_);
+    if constexpr (kRun) total += bytes(engine_.query_run) + bytes(engine_.key_run) + bytes(engine_.key_start);
+    return total;
+  }
+
+  Hit feed(u32 q, u32 k, bool undoable) {
+    if (undoable != journal_.on()) journal_.turn(undoable);
+    if (undoable) begin_step();
     if (self_ && q != k) {
-      queries_.assign(keys_.data(), keys_.size());
+      for (std::size_t i = 0; i < keys_.size(); ++i) queries_.push_back(keys_[i]);
       self_ = false;
     }
     keys_.push_back(static_cast<Symbol>(k));
     if (!self_) queries_.push_back(static_cast<Symbol>(q));
+    const Hit h = advance(static_cast<Symbol>(q), static_cast<Symbol>(k));
+    if (stream().over_budget()) [[unlikely]] {
+      journal_.forget();
+      stream().link_up();
+    }
+    return h;
   }
   Hit advance(Symbol q, Symbol k) {
-    if (rule_.granularity == Granularity::run) {
-      runs_.step(q, k, rule_, 0, nullptr);
-      return runs_.hit();
+    if constexpr (kRun) {
+      engine_.step(q, k, rule_, 0, nullptr);
+      return engine_.hit();
+    } else {
+      engine_.normalise();
+      engine_.advance(q, rule_.max_length);
+      // A match that goes on keeps its (latest) place: no need to ask the link-cut tree.
+      const u32 next = static_cast<u32>(before_.end) + 1;
+      if (engine_.linked && before_.length && before_.length < rule_.max_length &&
+          keys_[next] == q && next + 1 < keys_.size())
+        before_ = {before_.end + 1, before_.length + 1};
+      else
+        before_ = engine_.hit();
+      engine_.append(k);
+      return before_;
     }
-    Stream<kWide>& s = runs_.stream;
-    s.normalise();
-    s.advance(q, rule_.max_length);
-    const Hit h = s.hit();
-    s.append(k);
-    return h;
+  }
+
+  /// Visits the words that a step changes besides the automaton.
+  template <class F>
+  void scalars(F&& f) {
+    u32 i = 0;
+    f(i++, stream().at.state);
+    f(i++, stream().at.length);
+    if constexpr (kRun) {
+      f(i++, engine_.positions);
+      f(i++, engine_.newest);
+      f(i++, engine_.known);
+    } else {
+      f(i++, before_.end);
+      f(i++, before_.length);
+    }
+  }
+  void begin_step() {
+    journal_.begin_step(kUndoDepth);
+    stream().tree.note_step();
+    scalars([this](u32 i, auto value) { journal_.note(kAreaLane, i, static_cast<u32>(value)); });
+    if constexpr (kRun) {
+      journal_.note(kAreaLane, 5, static_cast<u32>(engine_.query_run.size()));
+      journal_.note(kAreaLane, 6, static_cast<u32>(engine_.key_run.size()));
+    }
+  }
+  void undo(const Journal::Entry& e) {
+    if (e.area == kAreaLane) {
+      scalars([&](u32 i, auto& value) {
+        if (i == e.index) value = static_cast<std::remove_reference_t<decltype(value)>>(e.old);
+      });
+      if constexpr (kRun) {
+        if (e.index == 5) engine_.query_run.resize(e.old);
+        if (e.index == 6) {
+          engine_.key_run.resize(e.old);
+          engine_.key_start.resize(e.old);
+        }
+      }
+    } else if (e.area >= LinkCut<Paged>::kAreaFirst && e.area <= LinkCut<Paged>::kAreaLast) {
+      stream().forest.undo(e);
+    } else {
+      stream().tree.undo(e);
+    }
+  }
+  void shorten(u32 length) {
+    keys_.resize(length);
+    if (!self_) queries_.resize(length);
+    if (stream().linked) stream().forest.resize(stream().tree.size());
+  }
+  void replay(u32 length) {
+    journal_.turn(false);
+    engine_.reset(bits_);
+    before_ = {};
+    const auto keys = std::move(keys_), queries = std::move(queries_);
+    const bool self = std::exchange(self_, true);
+    keys_ = {};
+    queries_ = {};
+    for (u32 i = 0; i < length; ++i)
+      feed(self ? keys[i] : queries[i], keys[i], i + kUndoDepth >= length);
   }
 
   Rule rule_;
   unsigned bits_;
-  RunStream<kWide> runs_;
-  Candidates<kWide> candidates_;
-  Buffer<Symbol> keys_, queries_;
   bool self_ = true;
+  Hit before_;  // token granularity: the last match
+  Engine engine_;
+  PagedArray<Symbol> keys_, queries_;
+  Journal journal_;
+  mutable std::mutex copying_;
 };
 
 }  // namespace rosakit

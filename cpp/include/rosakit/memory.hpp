@@ -15,6 +15,9 @@ struct MemoryOptions {
   std::size_t batch = 1, routes = 1;
   unsigned bits = 4;  // 1..16 bits a symbol; 0: token ids below 2^31
   Rule rule;
+  /// Link steps a stream may walk up to position i, walk_per_symbol * i + walk_base, before latest
+  /// ends move to a link-cut tree. No result depends on it.
+  u64 walk_per_symbol = 32, walk_base = 8192;
 };
 
 /// One chunk's arrays: q, k [B, R, n]; mask [B, n] or null (0: a padded position, which neither
@@ -69,6 +72,9 @@ class SuffixMemory {
   static SuffixMemory deserialize(std::span<const char> bytes);
 
  private:
+  template <class T>
+  void feed(std::size_t stream, const Chunk<T>& chunk);
+
   MemoryOptions options_;
   std::vector<i64> lengths_;
   std::vector<std::shared_ptr<Lane>> lanes_;  // [B * R]

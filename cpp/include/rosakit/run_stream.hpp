@@ -11,19 +11,20 @@
 
 namespace rosakit {
 
-template <bool kWide>
+template <bool kWide, class Storage = Flat>
 struct RunStream {
   using Symbol = typename Automaton<kWide>::Symbol;
 
-  Stream<kWide> stream;
-  Growth<kWide> growth;
-  Buffer<Symbol> query_run, key_run;
-  Buffer<i32> key_start;
+  Stream<kWide, Storage> stream;
+  Growth growth;
+  typename Storage::template Array<Symbol> query_run, key_run;
+  typename Storage::template Array<i32> key_start;
   u32 positions = 0;
   i32 newest = -1;  // rcap: the last key run that has started
   i32 known = -1;   // E: the last key run in the automaton
   u64 walked = 0;
 
+  explicit RunStream(unsigned bits = 8) : stream(bits) {}
   void reset(unsigned bits) {
     stream.reset(bits);
     growth.reset();
@@ -47,12 +48,12 @@ struct RunStream {
       }
       stream.advance(q, rule.max_length);
     } else if (rose) {
-      walked += growth.update(stream, query_run.data(), key_run.data(),
-                              static_cast<i32>(query_run.size()) - 1, known, rule.max_length);
+      walked += growth.update(stream, query_run, key_run, static_cast<i32>(query_run.size()) - 1,
+                              known, rule.max_length);
     }
     return fresh;
   }
-  Hit hit() const { return successor(stream.hit()); }
+  Hit hit() { return successor(stream.hit()); }
 
   /// A run's hit as a position's: one before the start of the next run; null if there is none yet.
   Hit successor(Hit h) const {

@@ -24,11 +24,7 @@ class Solver {
  public:
   using Symbol = typename Automaton<kWide>::Symbol;
 
-  /// Walk budget of the online phase, in link steps, at stream position i.
-  struct Budget {
-    u64 per_symbol = 32, base = 8192;
-    u64 at(u64 i) const { return per_symbol * i + base; }
-  };
+  /// Of the online phase.
   Budget budget;
 
   void match(const Symbol* q, const Symbol* k, u32 n, const Rule& rule, unsigned symbol_bits,
@@ -44,8 +40,6 @@ class Solver {
   }
 
  private:
-  bool over_budget(u64 i) const { return walked_ + stream_.chain_steps > budget.at(i); }
-
   void write(u32 i, Hit h) {
     const bool ok = h.length >= rule_.min_length && h.length > 0;
     out_.position[i] = ok ? out_.base + h.end + 1 : kNull;
@@ -60,7 +54,7 @@ class Solver {
     const u32 cap = rule_.max_length;
     Hit flips[16];
     u32 i = 0;
-    for (; i < n && !over_budget(i); ++i) {
+    for (; i < n && walked_ + stream_.chain_steps <= budget.at(i); ++i) {
       stream_.normalise();
       if (out_.bits) {
         walked_ += stream_.flips(q[i], out_.bits, cap, flips);
@@ -71,7 +65,7 @@ class Solver {
       primary_.push_back(stream_.append(k[i]));
     }
     if (i == n) return;
-    for (u32 j = i; j < n; ++j) primary_.push_back(stream_.tree.append(k[j]));
+    for (u32 j = i; j < n; ++j) primary_.push_back(stream_.tree.append(k[j]).state);
     stream_.normalise();
     offline_.build(stream_.tree, primary_);
     Cursor at = stream_.at;
@@ -116,9 +110,9 @@ class Solver {
     // The keys still to come enter the automaton at once.
     Symbol last = runs_.key_run[runs_.key_run.size() - 1];
     for (u32 e = tree.length(); e < runs_.key_run.size(); ++e)
-      primary_.push_back(tree.append(runs_.key_run[e]));
+      primary_.push_back(tree.append(runs_.key_run[e]).state);
     for (u32 j = i; j < n; last = k[j++])
-      if (k[j] != last) primary_.push_back(tree.append(k[j]));
+      if (k[j] != last) primary_.push_back(tree.append(k[j]).state);
     runs_.stream.normalise();
     offline_.build(tree, primary_);
     // `whole`: the query's place among all key runs; `at`: its place among the known ones.

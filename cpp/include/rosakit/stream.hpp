@@ -1,10 +1,12 @@
 // The streaming matcher of one stream: an automaton over the keys and a cursor for the query.
 //
-// The latest end of every state is kept exact by walking the link chain of each appended key
-// (`chain_steps` counts the walk, so that callers can bound it).
+// Latest ends are kept exact by walking the link chain of each appended key, which is the fastest way
+// on ordinary streams (`chain_steps` counts the walk). Where chains grow long, a streaming matcher
+// changes over to a link-cut tree, and a whole-sequence call to offline answers (offline.hpp).
 #pragma once
 
 #include "rosakit/automaton.hpp"
+#include "rosakit/link_cut.hpp"
 
 namespace rosakit {
 
@@ -19,25 +21,62 @@ struct Cursor {
   u32 length = 0;
 };
 
-template <bool kWide>
+/// Link steps that walking chains may take up to stream position i.
+struct Budget {
+  u64 per_symbol = 32, base = 8192;
+  u64 at(u64 i) const { return per_symbol * i + base; }
+};
+
+template <bool kWide, class Storage = Flat>
 struct Stream {
-  using Tree = Automaton<kWide>;
+  using Tree = Automaton<kWide, Storage>;
   Tree tree;
+  LinkCut<Storage> forest;  // in use if `linked`
   Cursor at;
   u64 chain_steps = 0;
+  bool linked = false;
+  Budget budget;  // streaming only: past it, `forest` takes over
 
   explicit Stream(unsigned bits = 8) : tree(bits) {}
   void reset(unsigned bits) {
     tree.reset(bits);
+    forest.clear();
     at = {};
     chain_steps = 0;
+    linked = false;
   }
 
   /// Appends a key and makes it known to every state it ends in.
   u32 append(u32 key) {
-    const u32 cur = tree.append(key);
-    chain_steps += tree.propagate(cur, static_cast<i32>(tree.length() - 1));
-    return cur;
+    const Appended a = tree.append(key);
+    const i32 position = static_cast<i32>(tree.length() - 1);
+    if constexpr (Storage::template Array<u32>::kShared) {
+      if (linked) {
+        // The forest numbers nodes like the tree: the new state comes before the clone.
+        forest.add(a.clone ? 0 : tree.link(a.state), position);
+        if (a.clone) {
+          forest.add_above(a.split);
+          forest.hang(a.state, a.clone);
+        }
+        forest.mark(a.state, position);
+        return a.state;
+      }
+    }
+    chain_steps += tree.propagate(a.state, position);
+    return a.state;
+  }
+  bool over_budget() const { return !linked && chain_steps > budget.at(tree.length()); }
+
+  /// Changes over to the link-cut tree.
+  void link_up() {
+    forest.clear();
+    for (u32 u = 0; u < tree.size(); ++u) forest.add(u ? tree.link(u) : 0, tree.end(u));
+    linked = true;
+  }
+
+  i32 latest(u32 u) {
+    if (linked) return forest.latest(u);
+    return tree.end(u);
   }
 
   /// Follows clones made since the cursor was placed.
@@ -63,9 +102,7 @@ struct Stream {
     }
   }
 
-  Hit hit() const {
-    return at.length ? Hit{tree.end(at.state), at.length} : Hit{};
-  }
+  Hit hit() { return at.length ? Hit{latest(at.state), at.length} : Hit{}; }
 
   /// For each bit m < bits: the match of the query whose next symbol is s with bit m flipped.
   /// Call on a normalised cursor. Returns the link steps taken.

@@ -1,0 +1,292 @@
+// Transition rows of branching states.
+//
+// A row of class c holds 2 << c entries, and grows class by class; outgrown rows are recycled. A row
+// is aligned to its size, so a 64-byte row lies in one cache line and no row crosses a page.
+//
+// Narrow (symbols < 256): entries are target << 8 | symbol, filled from the front; from 32 entries
+// on, or once as wide as the alphabet, a row is indexed by the symbol and holds bare targets.
+// Wide: entries are {symbol, target}; from 16 entries on they are hashed with linear probing, and
+// rows of more than a page are separate blocks ("big").
+// An absent entry has target 0, the root, which no transition leads to.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "rosakit/journal.hpp"
+#include "rosakit/storage.hpp"
+
+namespace rosakit {
+
+/// How a state refers to its row; `used` counts entries (wide, hashed rows only).
+struct RowRef {
+  u32 cls, offset, used;
+};
+
+template <bool kWide, class Storage>
+class Rows {
+ public:
+  // Areas of the journal.
+  static constexpr u32 kAreaWord = 8, kAreaFree = 16, kAreaBig = u32{1} << 31;
+
+  void reset(unsigned bits) {
+    if constexpr (!kWide) {
+      sigma_ = u32{1} << (bits < 1 ? 1 : bits);
+      direct_ = static_cast<u32>(std::bit_width(sigma_)) - 2;
+    }
+    words_.clear();
+    words_.resize(2);  // offset 0 marks an empty list of free rows
+    free_.fill(0);
+    big_.clear();
+  }
+
+  u32 find(RowRef row, u32 s) const {
+    const u32* r = words(row);
+    if constexpr (kWide) {
+      if (hashed(row.cls)) return r[probe(r, row.cls, s)];
+      for (u32 i = 0; i < capacity(row.cls); ++i)
+        if (r[2 * i] == s) return r[2 * i + 1];  // absent entries are zero throughout
+      return 0;
+    } else {
+      if (row.cls == direct_) return s < sigma_ ? r[s] : 0;
+      u32 word = 0;  // at most one entry agrees, so an OR needs no branches
+      if (row.cls == 0) {
+        for (u32 i = 0; i < 2; ++i) word |= (r[i] & 255u) == s ? r[i] : 0u;
+      } else {
+        for (u32 j = 0; j < capacity(row.cls); j += 4)
+          for (u32 i = j; i < j + 4; ++i) word |= (r[i] & 255u) == s ? r[i] : 0u;
+      }
+      return word >> 8;
+    }
+  }
+
+  template <class F>
+  void for_each(RowRef row, F&& f) const {
+    const u32* r = words(row);
+    if constexpr (kWide) {
+      for (u32 i = 0; i < capacity(row.cls); ++i)
+        if (r[2 * i + 1]) f(r[2 * i], r[2 * i + 1]);
+    } else if (row.cls == direct_) {
+      for (u32 s = 0; s < sigma_; ++s)
+        if (r[s]) f(s, r[s]);
+    } else {
+      for (u32 i = 0; i < capacity(row.cls) && r[i]; ++i) f(r[i] & 255u, r[i] >> 8);
+    }
+  }
+
+  /// A new row of the smallest class, empty.
+  RowRef make() { return make_class(0); }
+
+  /// Points a present symbol to another target.
+  void replace(RowRef row, u32 s, u32 target) {
+    const u32* r = words(row);
+    u32 at;
+    if constexpr (kWide) {
+      if (hashed(row.cls)) {
+        at = probe(r, row.cls, s);
+      } else {
+        u32 i = 0;
+        while (r[2 * i] != s || !r[2 * i + 1]) ++i;
+        at = 2 * i + 1;
+      }
+    } else if (row.cls == direct_) {
+      at = s;
+    } else {
+      at = 0;
+      while ((r[at] & 255u) != s) ++at;
+      target = target << 8 | s;
+    }
+    poke(row, at, target);
+  }
+
+  /// Adds an absent symbol; returns the row's new reference.
+  RowRef insert(RowRef row, u32 s, u32 target) {
+    if (put(row, s, target)) return row;
+    RowRef grown = make_class(next_class(row.cls));
+    for_each(row, [&](u32 symbol, u32 t) { put(grown, symbol, t); });
+    recycle(row);
+    put(grown, s, target);
+    return grown;
+  }
+
+  RowRef copy(RowRef row) {
+    RowRef twin = allocate(row.cls);
+    twin.used = row.used;
+    const u32* from = words(row);
+    note_words(twin);
+    u32* to = mut_words(twin);
+    if constexpr (Storage::template Array<u32>::kShared) from = words(row);
+    std::memcpy(to, from, std::size_t{word_count(row.cls)} * 4);
+    return twin;
+  }
+
+  // --- journal ------------------------------------------------------------------------------
+  void set_journal(Journal* journal) { journal_ = journal; }
+  u32 size_in_units() const { return static_cast<u32>(words_.size() / 2); }
+  void undo_size(u32 units) { words_.resize(std::size_t{units} * 2); }
+  void undo(const Journal::Entry& e) {
+    if (e.area & kAreaBig) big(e.index)[e.area & ~kAreaBig] = e.old;
+    else if (e.area == kAreaFree) free_[e.index] = e.old;
+    else words_.mut(std::size_t{e.index} * 2 + (e.area & 1)) = e.old;
+  }
+
+  const void* address(RowRef row) const { return words(row); }
+  std::size_t live_bytes() const { return words_.live_bytes() + big_bytes(); }
+  std::size_t reserved_bytes() const { return words_.reserved_bytes() + big_bytes(); }
+
+ private:
+  static constexpr u32 kBigClass = 9;  // wide: 4096-byte rows are class 8
+  using Words = typename Storage::template Array<u32>;
+  using Big = std::shared_ptr<Buffer<u32>>;
+
+  static constexpr u32 capacity(u32 cls) { return u32{2} << cls; }
+  static constexpr bool hashed(u32 cls) { return cls >= 3; }
+  static constexpr bool is_big(u32 cls) { return kWide && cls >= kBigClass; }
+  static constexpr u32 word_count(u32 cls) { return capacity(cls) * (kWide ? 2 : 1); }
+  u32 next_class(u32 cls) const {
+    if constexpr (kWide) return cls + 1;
+    else return cls + 1 >= direct_ || cls >= 3 ? direct_ : cls + 1;
+  }
+
+  const u32* words(RowRef row) const {
+    if (is_big(row.cls)) return big_[row.offset]->data();
+    return words_.ptr(std::size_t{row.offset} * 2);
+  }
+  u32* mut_words(RowRef row) {
+    if (is_big(row.cls)) return big(row.offset).data();
+    return words_.mut_ptr(std::size_t{row.offset} * 2);
+  }
+  Buffer<u32>& big(u32 index) {
+    Big& b = big_[index];
+    if (b.use_count() > 1) b = std::make_shared<Buffer<u32>>(*b);
+    return *b;
+  }
+  void poke(RowRef row, u32 at, u32 value) {
+    u32* w = mut_words(row) + at;
+    note(row, at, *w);
+    *w = value;
+  }
+  void note(RowRef row, u32 at, u32 old) {
+    if constexpr (Words::kShared) {
+      if (!journal_ || !journal_->on()) return;
+      if (is_big(row.cls)) {
+        journal_->note(kAreaBig | at, row.offset, old);
+      } else {
+        const std::size_t word = std::size_t{row.offset} * 2 + at;
+        journal_->note(kAreaWord + static_cast<u32>(word & 1), static_cast<u32>(word / 2), old);
+      }
+    }
+  }
+  void note_words(RowRef row) {
+    if constexpr (Words::kShared)
+      if (journal_ && journal_->on())
+        for (u32 i = 0; i < word_count(row.cls); ++i) note(row, i, words(row)[i]);
+  }
+  void set_free(u32 cls, u32 offset) {
+    if constexpr (Words::kShared)
+      if (journal_) journal_->note(kAreaFree, cls, free_[cls]);
+    free_[cls] = offset;
+  }
+
+  static u32 hash(u32 s) { return static_cast<u32>(s * u64{0x9E3779B97F4A7C15} >> 32); }
+  /// Index of the word that holds, or would hold, the target of `s` in a hashed row.
+  static u32 probe(const u32* r, u32 cls, u32 s) {
+    const u32 mask = capacity(cls) - 1;
+    for (u32 i = hash(s) & mask;; i = (i + 1) & mask)
+      if (!r[2 * i + 1] || r[2 * i] == s) return 2 * i + 1;
+  }
+
+  /// Puts an absent symbol into the row if there is room.
+  bool put(RowRef& row, u32 s, u32 target) {
+    const u32* r = words(row);
+    if constexpr (kWide) {
+      u32 at;
+      if (hashed(row.cls)) {
+        if (row.used >= capacity(row.cls) / 4 * 3) return false;
+        ++row.used;
+        at = probe(r, row.cls, s);
+      } else {
+        u32 i = 0;
+        while (i < capacity(row.cls) && r[2 * i + 1]) ++i;
+        if (i == capacity(row.cls)) return false;
+        at = 2 * i + 1;
+      }
+      poke(row, at - 1, s);
+      poke(row, at, target);
+    } else if (row.cls == direct_) {
+      poke(row, s, target);
+    } else {
+      u32 i = 0;
+      while (i < capacity(row.cls) && r[i]) ++i;
+      if (i == capacity(row.cls)) return false;
+      poke(row, i, target << 8 | s);
+    }
+    return true;
+  }
+
+  RowRef make_class(u32 cls) {
+    const RowRef row = allocate(cls);
+    if (!is_big(cls)) {
+      note_words(row);
+      std::memset(mut_words(row), 0, std::size_t{word_count(cls)} * 4);
+    }
+    return row;
+  }
+
+  RowRef allocate(u32 cls) {
+    if (is_big(cls)) {
+      if (journal_) journal_->forget();  // blocks come and go rarely: not worth undoing
+      auto block = std::make_shared<Buffer<u32>>();
+      block->fill(word_count(cls), 0);
+      for (u32 i = 0; i < big_.size(); ++i)
+        if (!big_[i]) {
+          big_[i] = std::move(block);
+          return {cls, i, 0};
+        }
+      big_.push_back(std::move(block));
+      return {cls, static_cast<u32>(big_.size() - 1), 0};
+    }
+    if (const u32 offset = free_[cls]) {
+      set_free(cls, words_[std::size_t{offset} * 2]);
+      return {cls, offset, 0};
+    }
+    const u32 n = word_count(cls);
+    std::size_t at = words_.size();
+    while (at & (n - 1)) {  // the gap before an aligned row becomes smaller rows
+      const u32 gap = u32{1} << std::countr_zero(at);
+      words_.resize(at + gap);
+      if (gap >= word_count(0)) recycle({static_cast<u32>(std::countr_zero(gap / word_count(0))),
+                                         static_cast<u32>(at / 2), 0});
+      at += gap;
+    }
+    if (at / 2 >= (kWide ? ~u32{0} : (u32{1} << 31) - 1))
+      throw std::length_error("suffix automaton: too many transitions");
+    words_.resize(at + n);
+    return {cls, static_cast<u32>(at / 2), 0};
+  }
+  void recycle(RowRef row) {
+    if (is_big(row.cls)) {
+      if (journal_) journal_->forget();
+      big_[row.offset] = nullptr;
+      return;
+    }
+    poke(row, 0, free_[row.cls]);
+    set_free(row.cls, row.offset);
+  }
+  std::size_t big_bytes() const {
+    std::size_t total = 0;
+    for (const Big& b : big_) total += b ? b->size() * 4 : 0;
+    return total;
+  }
+
+  Words words_;
+  std::array<u32, 32> free_{};
+  std::vector<Big> big_;
+  u32 sigma_ = 256;  // narrow: the alphabet
+  u32 direct_ = 7;   // narrow: the class whose capacity is sigma_
+  Journal* journal_ = nullptr;
+};
+
+}  // namespace rosakit
