@@ -68,7 +68,7 @@ def log_probs_of(hidden: Tensor, ids: Tensor, head: Head, *, chunk: int | None =
         float32 ``[N, M]``.
     """
     if chunk is None:
-        chunk = 2048 if hidden.is_cuda else 128
+        chunk = 2048 if hidden.is_cuda else 512
 
     def part(h: Tensor, tokens: Tensor) -> Tensor:
         logits = F.linear(h, *head)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +91,37 @@ def load_model(
             "gguf_file": gguf_file,
             "quantization_config": GgufConfig(dequantize=True),
         }
-    loaded = _pretrained(AutoModelForCausalLM, source, options)
-    tokenizer = load_tokenizer(model, gguf_file=gguf_file)
+    with _bars_in_terminals_only():
+        loaded = _pretrained(AutoModelForCausalLM, source, options)
+        tokenizer = _tokenizer(source, gguf_file)
     return loaded.to(place).eval(), tokenizer
 
 
 def load_tokenizer(model: str | os.PathLike[str], *, gguf_file: str | None = None) -> Any:
     """The tokenizer of :func:`load_model` alone, with the same arguments and errors."""
+    return _tokenizer(*_locate(model, gguf_file))
+
+
+def _tokenizer(source: str, gguf_file: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    source, gguf_file = _locate(model, gguf_file)
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     return _pretrained(AutoTokenizer, source, options)
+
+
+@contextmanager
+def _bars_in_terminals_only() -> Iterator[None]:
+    """Loading bars redraw themselves, which fills a log file with copies."""
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _locate(model: str | os.PathLike[str], gguf_file: str | None) -> tuple[str, str | None]:
