@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from rosakit.errors import InvalidInputError
 from rosakit.ops import rosa
+from rosakit.ops.estimators.counterfactual import _credit_sources, _run_starts
 from rosakit.ops.oracle import suffix_match_oracle
 from rosakit.symbols import pack
 from tests.ops import brute
@@ -181,6 +183,24 @@ def test_opcheck_and_fullgraph_compile():
     got = torch.autograd.grad(compiled(q, k, v, e0, e1).square().sum(), (q, k, v))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_credit_sources_invert_run_starts(packed):
+    """What the fused kernel reads per key is what the naive form scatters per match."""
+    keys = torch.randint(0, 3, (2, 3, 40), dtype=torch.uint8)
+    segment_starts = None
+    if packed:
+        segment_starts = torch.tensor([0] * 17 + [17] * 23, dtype=torch.int32).expand(2, 40)
+    sources = _credit_sources(keys, segment_starts)
+    starts = _run_starts(keys, segment_starts)
+    pairs = {(b, r, s, int(n)) for (b, r, s), n in numpy.ndenumerate(sources.numpy()) if n >= 0}
+    expected = {
+        (b, r, int(starts[b, r, n - 1]), n)
+        for (b, r, n), s in numpy.ndenumerate(starts.numpy())
+        if n > 0 and s == n
+    }
+    assert pairs == expected
 
 
 def test_bad_options_are_refused():

@@ -180,11 +180,10 @@ def _suffix_match_op(
         "min_length": min_length,
         "counterfactual_bits": counterfactual_bits,
     }
-    engine = choose_backend(backend, q.device)
+    engine = choose_backend(backend, q, granularity, counterfactual_bits)
+    cf: Tensor | None
     if engine == "cuda":
-        position, length, cf = cuda.match(
-            q.contiguous(), k.contiguous(), segment_starts=segment_starts, **options
-        )
+        position, length, cf = cuda.match(q, k, segment_starts=segment_starts, **options)
     elif engine == "cpu":
         arrays = native.match(
             q.contiguous().cpu().numpy(),
@@ -194,14 +193,11 @@ def _suffix_match_op(
             else segment_starts.contiguous().cpu().numpy(),
             **options,
         )
-        position, length, cf = (
-            None if a is None else torch.from_numpy(a).to(q.device) for a in arrays
-        )
+        position, length = (torch.from_numpy(a).to(q.device) for a in arrays[:2])
+        cf = None if arrays[2] is None else torch.from_numpy(arrays[2]).to(q.device)
     else:
         position, length, cf = suffix_match_oracle(q, k, segment_starts=segment_starts, **options)
-    if cf is None:
-        cf = position.new_empty((*position.shape, 0))
-    return position, length, cf
+    return position, length, position.new_empty((*position.shape, 0)) if cf is None else cf
 
 
 @_suffix_match_op.register_fake
@@ -221,15 +217,18 @@ def _(
     return position, torch.empty_like(position), cf
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
+def choose_backend(
+    backend: str, q: Tensor, granularity: str = "token", counterfactual_bits: int = 0
+) -> str:
     """The engine that answers: "cuda", "cpu" or "oracle".
 
-    "auto" takes the GPU engine for CUDA tensors where it is available, the C++ core otherwise,
-    and the oracle, with one warning, where the core was not built.
+    "auto" takes the GPU engine for CUDA tensors where it is available and knows the options, the
+    C++ core otherwise, and the oracle where the core was not built; the two fallbacks warn once.
 
     Raises:
-        BackendError: a backend was asked for by name that cannot serve `device`.
+        BackendError: a backend was asked for by name that cannot serve these symbols.
     """
+    device = q.device
     if backend == "oracle":
         return "oracle"
     if backend == "cuda" and (device.type != "cuda" or not cuda.available()):
@@ -237,14 +236,22 @@ def choose_backend(backend: str, device: torch.device) -> str:
             f"backend='cuda' needs CUDA tensors and the cuda extra (tensors are on {device}); "
             "install rosakit[cuda], move the symbols to the GPU, or use backend='auto'"
         )
-    if backend == "cuda" or (backend == "auto" and device.type == "cuda" and cuda.available()):
+    if backend == "cuda":
         return "cuda"
-    if native.available():
-        if device.type == "cuda" and backend == "auto":
+    if backend == "auto" and device.type == "cuda":
+        if not cuda.available():
             warn_once(
-                "rosakit: the GPU engine is not available, so symbols are matched on the CPU; "
-                "install rosakit[cuda] for the fast path"
+                "rosakit: symbols on the GPU are matched on the CPU, because "
+                f"{cuda.unavailable_reason()}; install rosakit[cuda] for the fast path"
             )
+        elif cuda.supports(q, granularity=granularity, counterfactual_bits=counterfactual_bits):
+            return "cuda"
+        else:
+            warn_once(
+                f"rosakit: {q.dtype} symbols at {granularity} granularity and T = {q.shape[-1]} "
+                "are matched on the CPU; the GPU engine does not take them"
+            )
+    if native.available():
         return "cpu"
     if backend == "cpu":
         raise BackendError(

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from rosakit import symbols
+from rosakit import cuda, symbols
 from rosakit.errors import InvalidInputError, InvalidTypeError
 from rosakit.ops import rows
 from rosakit.types import Unmatched
@@ -75,6 +77,15 @@ def check_values(
             )
 
 
+def gpu_kernels(v: Tensor, e0: Tensor, bits: int) -> ModuleType | None:
+    """The fused CUDA kernels (:mod:`rosakit.cuda.credit`) where they take such tensors."""
+    if not v.is_cuda or not cuda.available():
+        return None
+    from rosakit.cuda import credit
+
+    return credit if credit.supports(v, e0, bits) else None
+
+
 def read_bits(v: Tensor, position: Tensor, bits: int) -> Tensor:
     """Value bits at `position` as bool ``[B, T, C]``; False where the position is null."""
     packed = symbols.pack(v, bits)
@@ -133,6 +144,23 @@ def retrieve_backward(
     return dv, (de_matched - de1).to(e0.dtype), de1.to(e1.dtype), de_null
 
 
+def read(
+    v: Tensor,
+    position: Tensor,
+    e0: Tensor,
+    e1: Tensor,
+    e_null: Tensor | None,
+    bits: int,
+    unmatched: str,
+) -> Tensor:
+    """:func:`retrieve_forward`, fused on a GPU."""
+    kernels = gpu_kernels(v, e0, bits)
+    if kernels is None:
+        return retrieve_forward(v, position, e0, e1, e_null, bits, unmatched)
+    y: Tensor = kernels.retrieve_forward(v, position, e0, e1, e_null, bits, unmatched)
+    return y
+
+
 # --- the operator ------------------------------------------------------------------------------
 
 
@@ -146,7 +174,7 @@ def _retrieve_op(
     bits: int,
     unmatched: str,
 ) -> Tensor:
-    return retrieve_forward(v, position, e0, e1, e_null, bits, unmatched)
+    return read(v, position, e0, e1, e_null, bits, unmatched)
 
 
 @_retrieve_op.register_fake
@@ -172,7 +200,13 @@ def _retrieve_backward_op(
     bits: int,
     unmatched: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return retrieve_backward(grad, v, position, e0, e1, bits, unmatched)
+    kernels = gpu_kernels(v, e0, bits)
+    if kernels is None:
+        return retrieve_backward(grad, v, position, e0, e1, bits, unmatched)
+    _, _, dv, de0, de1, de_null = kernels.counterfactual_backward(
+        grad, None, None, v, e0, e1, position, None, bits=bits, unmatched=unmatched
+    )
+    return dv, de0, de1, de_null
 
 
 @_retrieve_backward_op.register_fake

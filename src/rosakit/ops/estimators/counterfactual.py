@@ -24,7 +24,7 @@ from rosakit import symbols
 from rosakit.errors import InvalidInputError
 from rosakit.ops import rows
 from rosakit.ops.estimators.registry import MatchOptions, register
-from rosakit.ops.retrieve import retrieve_backward, retrieve_forward
+from rosakit.ops.retrieve import gpu_kernels, read, retrieve_backward
 from rosakit.types import Match, Unmatched
 
 KeyCredit = Literal["matched", "successor"]
@@ -173,8 +173,8 @@ def _credited_rows(
     return rows.row_index(torch.where(position > 0, before, -1))
 
 
-def _run_starts(key_symbols: Tensor, segment_starts: Tensor | None) -> Tensor:
-    """For every position the start of the key run that holds it, int32 ``[B, R, T]``."""
+def _starts_run(key_symbols: Tensor, segment_starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where a key run starts, bool ``[B, R, T]``, and every position's own index, int32 ``[T]``."""
     if key_symbols.dtype == torch.uint16:
         key_symbols = key_symbols.to(torch.int32)
     own = torch.arange(key_symbols.shape[-1], device=key_symbols.device, dtype=torch.int32)
@@ -182,7 +182,26 @@ def _run_starts(key_symbols: Tensor, segment_starts: Tensor | None) -> Tensor:
     new[..., 1:] = key_symbols[..., 1:] != key_symbols[..., :-1]
     if segment_starts is not None:
         new |= (segment_starts == own)[:, None]
+    return new, own
+
+
+def _run_starts(key_symbols: Tensor, segment_starts: Tensor | None) -> Tensor:
+    """For every position the start of the key run that holds it, int32 ``[B, R, T]``."""
+    new, own = _starts_run(key_symbols, segment_starts)
     return torch.where(new, own, 0).cummax(dim=-1).values.to(torch.int32)
+
+
+def _credit_sources(key_symbols: Tensor, segment_starts: Tensor | None) -> Tensor:
+    """For every run start the start of the next run, whose credit it takes; else -1.
+
+    The inverse of what :func:`_credited_rows` looks up, as the fused kernel wants it.
+    """
+    new, own = _starts_run(key_symbols, segment_starts)
+    end = key_symbols.shape[-1]
+    later = torch.full_like(new, end, dtype=torch.int32)
+    later[..., :-1] = torch.where(new, own, end)[..., 1:]
+    following = later.flip(-1).cummin(dim=-1).values.flip(-1)
+    return torch.where(new & (following < end), following, -1).to(torch.int32)
 
 
 # --- the operator ------------------------------------------------------------------------------
@@ -209,9 +228,11 @@ def _counterfactual_op(
     soft_values: bool,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels = gpu_kernels(v, e0, bits)
+    pack = symbols.pack if kernels is None else kernels.pack
     position, length, cf = torch.ops.rosakit.suffix_match(
-        symbols.pack(q, bits),
-        symbols.pack(k, bits),
+        pack(q, bits),
+        pack(k, bits),
         segment_starts,
         granularity,
         successor,
@@ -220,7 +241,7 @@ def _counterfactual_op(
         bits if credit else 0,
         backend,
     )
-    y = retrieve_forward(v, position, e0, e1, e_null, bits, unmatched)
+    y = read(v, position, e0, e1, e_null, bits, unmatched)
     return y, position, length, cf
 
 
@@ -271,6 +292,30 @@ def _counterfactual_backward_op(
     soft_values: bool,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kernels = gpu_kernels(v, e0, bits)
+    if kernels is not None and cf_position.shape[-1]:
+        sources = None
+        if granularity == "run" and key_credit == "matched":
+            sources = _credit_sources(kernels.pack(k, bits), segment_starts)
+        fused: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = (
+            kernels.counterfactual_backward(
+                grad,
+                q,
+                k,
+                v,
+                e0,
+                e1,
+                position,
+                cf_position,
+                bits=bits,
+                unmatched=unmatched,
+                key_credit=key_credit,
+                credit_from=sources,
+                soft_values=soft_values,
+                temperature=temperature,
+            )
+        )
+        return fused
     dv, de0, de1, de_null = retrieve_backward(grad, v, position, e0, e1, bits, unmatched)
     if cf_position.shape[-1] == 0:
         return torch.zeros_like(q), torch.zeros_like(k), dv, de0, de1, de_null
