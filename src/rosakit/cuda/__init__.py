@@ -1,0 +1,99 @@
+"""The GPU engine: exact matching and fused retrieval in CUDA C++, compiled at first use.
+
+Importing this package imports no CUDA library; `available()` finds out, once, whether it can run.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["available", "match", "supports", "unavailable_reason"]
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why the GPU engine cannot run here, or None where it can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA GPUs"
+    if torch.cuda.get_device_capability() < (7, 0):
+        return "the kernels need compute capability 7.0 or newer"
+    from rosakit.cuda.compile import bindings_error
+
+    reason = bindings_error()
+    return None if reason is None else f"cuda-bindings cannot be used ({reason})"
+
+
+def available() -> bool:
+    """Whether the GPU engine can run: a CUDA device, and the `cuda` extra installed."""
+    return unavailable_reason() is None
+
+
+def supports(
+    q: Tensor, *, granularity: str = "token", counterfactual_bits: int = 0, **_: object
+) -> bool:
+    """Whether :func:`match` takes these symbols and options (else the CPU core does)."""
+    import torch
+
+    from rosakit.cuda.matcher import MAX_POSITIONS
+
+    return (
+        q.is_cuda
+        and q.dtype == torch.uint8
+        and granularity == "token"
+        and counterfactual_bits <= 8
+        and q.shape[-1] <= MAX_POSITIONS
+    )
+
+
+def match(
+    q: Tensor,
+    k: Tensor,
+    *,
+    granularity: str = "token",
+    successor: str = "available",
+    max_length: int | None = None,
+    min_length: int = 1,
+    segment_starts: Tensor | None = None,
+    counterfactual_bits: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Exact suffix match on the GPU (semantics section 2), on the current stream, without a sync.
+
+    Args:
+        q, k: uint8 symbols ``[B, R, T]`` on one CUDA device.
+        granularity: "token".
+        successor: of no effect in token granularity.
+        segment_starts: int32 ``[B, T]`` on the same device, or None.
+        counterfactual_bits: ``M`` in 0..8.
+
+    Returns:
+        Position ``[B, R, T]``, length ``[B, R, T]`` and, for ``M > 0``, counterfactual positions
+        ``[B, R, T, M]``; int32.
+
+    Raises:
+        InvalidTypeError, InvalidInputError: tensors or options that the kernels do not take.
+        BackendError: the kernels cannot be compiled or launched.
+    """
+    from rosakit.cuda import matcher as token
+    from rosakit.errors import InvalidInputError
+
+    if granularity != "token":
+        raise InvalidInputError(
+            f"the GPU matcher knows granularity 'token', got {granularity!r}; use backend='cpu'"
+        )
+    token.check(q, k, segment_starts, counterfactual_bits)
+    return token.match(
+        q.contiguous(),
+        k.contiguous(),
+        max_length=max_length,
+        min_length=min_length,
+        segment_starts=None if segment_starts is None else segment_starts.contiguous(),
+        counterfactual_bits=counterfactual_bits,
+    )

@@ -1,0 +1,206 @@
+"""CUDA C++ compiled at first use through NVRTC, cached on disk, launched on the caller's stream.
+
+Nothing here is imported before a CUDA tensor needs it. A compiled kernel is kept as a cubin named
+by a hash of everything that shaped it (sources, macros, architecture, compiler version), in
+``$ROSAKIT_CACHE``, else ``$XDG_CACHE_HOME/rosakit``, else ``~/.cache/rosakit``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rosakit.errors import BackendError
+
+Argument = tuple[Any, Any]
+"""A kernel argument: its value and its ctypes type."""
+
+_SOURCES = Path(__file__).parent / "kernels"
+_DEFAULT_SHARED = 48 * 1024  # more than this a kernel has to ask for
+_lock = threading.Lock()
+_modules: dict[tuple[object, ...], dict[str, Kernel]] = {}
+
+
+@functools.cache
+def bindings_error() -> str | None:
+    """Why the CUDA bindings cannot be used, or None where they can."""
+    try:
+        from cuda.bindings import driver, nvrtc
+
+        result, *_ = nvrtc.nvrtcVersion()
+        if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            return f"NVRTC does not load ({result})"
+        del driver
+    except Exception as error:  # the bindings raise RuntimeError where a library is missing
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    named = os.environ.get("ROSAKIT_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rosakit"
+
+
+class Kernel:
+    """A kernel of one device, ready to launch."""
+
+    def __init__(self, function: Any, name: str) -> None:
+        self._function = function
+        self._name = name
+        self._allowed = _DEFAULT_SHARED
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        arguments: Sequence[Argument],
+    ) -> None:
+        """Queue the kernel on torch's current stream.
+
+        Args:
+            grid: thread blocks in x, y, z.
+            threads: threads a block.
+            shared_bytes: dynamic shared memory a block.
+            arguments: pairs of a value and its ctypes type; pointers as (int, c_void_p).
+
+        Raises:
+            BackendError: the driver refuses the launch.
+        """
+        from cuda.bindings import driver
+
+        if shared_bytes > self._allowed:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes), self._name)
+            self._allowed = shared_bytes
+        values = tuple(value for value, _ in arguments)
+        types = tuple(kind for _, kind in arguments)
+        stream = torch.cuda.current_stream().cuda_stream
+        _check(
+            driver.cuLaunchKernel(
+                self._function, *grid, threads, 1, 1, shared_bytes, stream, (values, types), 0
+            ),
+            self._name,
+        )
+
+
+def load(
+    sources: Sequence[str], names: Sequence[str], macros: Mapping[str, int], device: torch.device
+) -> dict[str, Kernel]:
+    """Kernels `names` of the concatenated `sources` under `macros`, compiled once.
+
+    Args:
+        sources: file names under ``kernels/``.
+        device: a CUDA device; its context must be current.
+
+    Raises:
+        BackendError: compilation or loading fails; the message holds the compiler's log.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    key = (*sources, *sorted(macros.items()), index)
+    with _lock:
+        if key not in _modules:
+            major, minor = torch.cuda.get_device_capability(index)
+            cubin = _cubin(sources, macros, f"sm_{major}{minor}")
+            _modules[key] = _load_module(cubin, names)
+        return _modules[key]
+
+
+def source_text(sources: Sequence[str]) -> str:
+    """The concatenated text of kernel sources."""
+    return "\n".join((_SOURCES / name).read_text() for name in sources)
+
+
+def _cubin(sources: Sequence[str], macros: Mapping[str, int], arch: str) -> bytes:
+    from cuda.bindings import nvrtc
+
+    text = source_text(sources)
+    _, major, minor = nvrtc.nvrtcVersion()
+    described = "\0".join([text, arch, f"{major}.{minor}", *map(str, sorted(macros.items()))])
+    path = cache_folder() / f"{hashlib.sha256(described.encode()).hexdigest()}.cubin"
+    with contextlib.suppress(OSError):
+        cached = path.read_bytes()
+        if cached.startswith(b"\x7fELF"):
+            return cached
+    cubin = compile_cubin(text, macros, arch)
+    # A cache that cannot be written costs a compilation each process, nothing more.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, path)
+    return cubin
+
+
+def compile_cubin(text: str, macros: Mapping[str, int], arch: str) -> bytes:
+    """Machine code of CUDA C++ `text` for `arch` ("sm_90")."""
+    from cuda.bindings import nvrtc
+
+    options = [f"--gpu-architecture={arch}", "--std=c++17", "-default-device"]
+    options += [f"-D{name}={value}" for name, value in sorted(macros.items())]
+    encoded = [option.encode() for option in options]
+    status, program = nvrtc.nvrtcCreateProgram(text.encode(), b"rosakit.cu", 0, [], [])
+    _check((status,), "creating the program")
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            _, size = nvrtc.nvrtcGetProgramLogSize(program)
+            log = b" " * size
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise BackendError(
+                f"compiling a GPU kernel for {arch} failed; use backend='cpu', and please report "
+                f"this log:\n{log.decode(errors='replace')}"
+            )
+        status, size = nvrtc.nvrtcGetCUBINSize(program)
+        _check((status,), "reading the cubin")
+        cubin: bytes = b" " * size
+        _check(nvrtc.nvrtcGetCUBIN(program, cubin), "reading the cubin")
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return cubin
+
+
+def _load_module(cubin: bytes, names: Sequence[str]) -> dict[str, Kernel]:
+    from cuda.bindings import driver
+
+    torch.cuda.current_stream()  # makes torch's context current
+    (module,) = _check(driver.cuModuleLoadData(cubin), "loading a module")
+    kernels = {}
+    for name in names:
+        (function,) = _check(driver.cuModuleGetFunction(module, name.encode()), name)
+        kernels[name] = Kernel(function, name)
+    return kernels
+
+
+def _check(result: Sequence[Any], what: str) -> Sequence[Any]:
+    """The values of a binding's answer, its status checked."""
+    status, *values = result
+    if int(status) != 0:
+        raise BackendError(
+            f"CUDA failed at {what}: {status}; use backend='cpu' if this machine's driver or "
+            "GPU is not supported"
+        )
+    return values
+
+
+def pointer(tensor: torch.Tensor | None) -> Argument:
+    """A tensor as a kernel argument; None is the null pointer."""
+    return (0 if tensor is None else tensor.data_ptr(), ctypes.c_void_p)
+
+
+def unsigned(value: int) -> Argument:
+    """A 32-bit count as a kernel argument."""
+    return (value, ctypes.c_uint32)

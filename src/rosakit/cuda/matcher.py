@@ -1,0 +1,220 @@
+"""Launching the exact GPU matcher: what fits where, and one kernel for all routes."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rosakit.cuda import compile
+from rosakit.errors import InvalidInputError, InvalidTypeError
+
+_UNLIMITED = 0xFFFFFFFF
+_SUPERBLOCKS = 128  # as in rank.cuh
+_CONTROL_BYTES = 128
+MAX_POSITIONS = 1 << 22
+"""Longest stream: the alive bits and the bases have to fit into shared memory."""
+
+# Levels that every stream gets, and the most before the walk takes over (see docs/decisions).
+MIN_DEPTH = 4
+MAX_DEPTH = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one launch uses the GPU.
+
+    Attributes:
+        threads: threads a block.
+        resident: blocks that share one multiprocessor.
+        index_bytes: bytes of an entry.
+        places: for each structure how much of it is in shared memory (macros of match.cu).
+        shared_bytes: dynamic shared memory a block.
+        scratch_bytes: global scratch a block.
+        super_shift: log2 of the blocks of 64 entries in a superblock.
+    """
+
+    threads: int
+    resident: int
+    index_bytes: int
+    places: tuple[tuple[str, int], ...]
+    shared_bytes: int
+    scratch_bytes: int
+    super_shift: int
+
+
+def plan(length: int, flips: int, shared_limit: int) -> Plan:
+    """Decide for streams of `length` with `flips` counterfactual bits.
+
+    Args:
+        shared_limit: bytes of shared memory that one block may use.
+    """
+    blocks = (length + 63) // 64
+    shift = 0
+    while ((blocks - 1) >> shift) + 1 > _SUPERBLOCKS:
+        shift += 1
+    threads = 1024 if length > 8192 else 512 if length > 2048 else 256
+    index_bytes = 2 if length <= 65536 else 4
+    entries = 2 * _round(blocks * 64 * index_bytes)
+    chains = _round(length * (4 if index_bytes == 2 else 8))
+    symbols = _round((length + 1) // 2 + 16)
+    ranks = blocks * 64
+    fixed = _CONTROL_BYTES + 2 * _SUPERBLOCKS * 64 + _round((length // 32 + 2) * 4)
+    two_digits = flips > 4
+    # In the order of what shared memory gains: random reads first, streams last. Each step names
+    # the macro, its value then, and the bytes that it adds.
+    steps = [("RANK_SHARED", 1, ranks)]
+    if two_digits:
+        steps += [("RANK_SHARED", 2, ranks)]
+    steps += [("K_SHARED", 1, symbols)]
+    if two_digits:
+        steps += [("K_SHARED", 2, symbols)]
+    steps += [
+        ("ENTRIES_SHARED", 1, entries),
+        ("Q_SHARED", 1, symbols),
+        ("CHAINS_SHARED", 1, chains),
+    ]
+    # Room for a second digit that one-digit symbols do not use must not cost a resident block.
+    extras = [("RANK_SHARED", 2, ranks), ("K_SHARED", 2, symbols), ("Q_SHARED", 2, symbols)]
+    modest = (shared_limit + 1024) // (1024 // threads) - 1024
+    places = dict.fromkeys(
+        ("RANK_SHARED", "K_SHARED", "Q_SHARED", "ENTRIES_SHARED", "CHAINS_SHARED"), 0
+    )
+    shared = fixed
+    for room, wanted in ((shared_limit, steps), (modest, extras)):
+        for name, value, size in wanted:
+            if places[name] == value - 1 and shared + size <= room:
+                places[name] = value
+                shared += size
+    scratch = 0
+    for name, size in (("ENTRIES_SHARED", entries), ("CHAINS_SHARED", chains)):
+        scratch += 0 if places[name] else size
+    for name, size in (("RANK_SHARED", ranks), ("K_SHARED", symbols), ("Q_SHARED", symbols)):
+        scratch += (0 if places[name] else size) + (0 if places[name] == 2 else 2 * size)
+    # A multiprocessor of 228 KiB also keeps 1 KiB a block for itself.
+    resident = max(1, min(1024 // threads, (shared_limit + 1024) // (shared + 1024)))
+    return Plan(
+        threads, resident, index_bytes, tuple(sorted(places.items())), shared, scratch, shift
+    )
+
+
+def _round(size: int) -> int:
+    return (size + 15) // 16 * 16
+
+
+def match(
+    q: Tensor,
+    k: Tensor,
+    *,
+    max_length: int | None = None,
+    min_length: int = 1,
+    segment_starts: Tensor | None = None,
+    counterfactual_bits: int = 0,
+    min_depth: int = MIN_DEPTH,
+    max_depth: int = MAX_DEPTH,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The exact suffix match of token granularity on the GPU; see :func:`rosakit.cuda.match`.
+
+    Args:
+        min_depth, max_depth: levels before the walk, for tests and tuning; results do not depend
+            on them.
+    """
+    batch, routes, length = q.shape
+    position = torch.empty((batch, routes, length), dtype=torch.int32, device=q.device)
+    match_length = torch.empty_like(position)
+    flipped = torch.empty(
+        (batch, routes, length, counterfactual_bits), dtype=torch.int32, device=q.device
+    )
+    if position.numel():
+        with torch.cuda.device(q.device):
+            _launch(
+                q, k, segment_starts, position, match_length, flipped,
+                max_length, min_length, min_depth, max_depth,
+            )  # fmt: skip
+    return position, match_length, flipped if counterfactual_bits else None
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    segment_starts: Tensor | None,
+    position: Tensor,
+    length: Tensor,
+    flipped: Tensor,
+    max_length: int | None,
+    min_length: int,
+    min_depth: int,
+    max_depth: int,
+) -> None:
+    batch, routes, positions = q.shape
+    flips = flipped.shape[-1]
+    properties = torch.cuda.get_device_properties(q.device)
+    # torch's stubs lack the field.
+    shared_limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    chosen = plan(positions, flips, shared_limit)
+    macros = {
+        "CF": flips,
+        "THREADS": chosen.threads,
+        "MIN_BLOCKS": 1024 // chosen.threads,
+        "INDEX_BYTES": chosen.index_bytes,
+        **dict(chosen.places),
+    }
+    kernel = compile.load(("rank.cuh", "match.cu"), ("suffix_match",), macros, q.device)
+    grid = min(batch * routes, properties.multi_processor_count * chosen.resident)
+    scratch = torch.empty(grid * chosen.scratch_bytes + 16, dtype=torch.uint8, device=q.device)
+    kernel["suffix_match"].launch(
+        (grid, 1, 1),
+        chosen.threads,
+        chosen.shared_bytes,
+        [
+            compile.pointer(q),
+            compile.pointer(k),
+            compile.pointer(segment_starts),
+            compile.pointer(position),
+            compile.pointer(length),
+            compile.pointer(flipped),
+            compile.pointer(scratch),
+            (chosen.scratch_bytes, ctypes.c_size_t),
+            compile.unsigned(batch * routes),
+            compile.unsigned(routes),
+            compile.unsigned(positions),
+            compile.unsigned(_UNLIMITED if max_length is None else max_length),
+            compile.unsigned(min_length),
+            compile.unsigned(chosen.super_shift),
+            compile.unsigned(min_depth),
+            compile.unsigned(max_depth),
+        ],
+    )
+
+
+def check(q: Tensor, k: Tensor, segment_starts: Tensor | None, counterfactual_bits: int) -> None:
+    """Refuse what the kernels cannot take."""
+    if q.dim() != 3 or q.shape != k.shape:
+        raise InvalidInputError(
+            f"q and k must have one shape [B, R, T], got {list(q.shape)} and {list(k.shape)}"
+        )
+    if q.dtype != torch.uint8 or k.dtype != torch.uint8:
+        raise InvalidTypeError(
+            f"the GPU matcher takes uint8 symbols (up to 8 bits), got {q.dtype} and {k.dtype}; "
+            "use backend='cpu' for wider symbols and token ids"
+        )
+    if not q.is_cuda or q.device != k.device:
+        raise InvalidInputError(f"q and k must be on one CUDA device, got {q.device}, {k.device}")
+    if q.shape[2] > MAX_POSITIONS:
+        raise InvalidInputError(
+            f"the GPU matcher takes up to {MAX_POSITIONS} positions, got {q.shape[2]}; "
+            "use backend='cpu'"
+        )
+    if not 0 <= counterfactual_bits <= 8:
+        raise InvalidInputError(f"counterfactual_bits must be in 0..8, got {counterfactual_bits}")
+    if segment_starts is not None and (
+        segment_starts.dtype != torch.int32
+        or list(segment_starts.shape) != [q.shape[0], q.shape[2]]
+        or segment_starts.device != q.device
+    ):
+        raise InvalidInputError(
+            f"segment_starts must be int32 [B, T] = {[q.shape[0], q.shape[2]]} on {q.device}, got "
+            f"{segment_starts.dtype} {list(segment_starts.shape)} on {segment_starts.device}"
+        )
