@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -194,10 +194,10 @@ def test_credit_sources_invert_run_starts(packed):
         segment_starts = torch.tensor([0] * 17 + [17] * 23, dtype=torch.int32).expand(2, 40)
     sources = _credit_sources(keys, segment_starts)
     starts = _run_starts(keys, segment_starts)
-    pairs = {(b, r, s, int(n)) for (b, r, s), n in numpy.ndenumerate(sources.numpy()) if n >= 0}
+    pairs = {(b, r, s, int(n)) for (b, r, s), n in np.ndenumerate(sources.numpy()) if n >= 0}
     expected = {
         (b, r, int(starts[b, r, n - 1]), n)
-        for (b, r, n), s in numpy.ndenumerate(starts.numpy())
+        for (b, r, n), s in np.ndenumerate(starts.numpy())
         if n > 0 and s == n
     }
     assert pairs == expected
