@@ -235,6 +235,7 @@ class WindowIndex:
         Raises:
             InvalidInputError: a positive argument, or tokens that the window needs are gone.
         """
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding passes a tensor
         if tokens_to_remove > 0:
             raise InvalidInputError(
                 f"crop({tokens_to_remove}): pass a negative number, the tokens to remove"
