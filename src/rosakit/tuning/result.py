@@ -16,7 +16,7 @@ from rosakit.tuning.lora import load_lora, lora_parameters, save_lora
 from rosakit.tuning.settings import TuneConfig
 from rosakit.tuning.sources import load_model
 
-__all__ = ["load_result", "load_trained", "read_run", "save_trained", "set_trainable"]
+__all__ = ["load_any", "load_result", "load_trained", "read_run", "save_trained", "set_trainable"]
 
 RUN_FILE = "tune.json"
 """The run's :class:`TuneConfig`, which names the base model."""
@@ -108,3 +108,23 @@ def load_result(
     )
     load_trained(base, Path(folder))
     return base.eval(), tokenizer, config
+
+
+def load_any(
+    name: str,
+    *,
+    base: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[Any, Any]:
+    """``(model, tokenizer)`` of a training result, or of a plain model.
+
+    Args:
+        name: output folder of a run, or whatever :func:`rosakit.tuning.sources.load_model` takes.
+        base: base model of a result, if it has moved.
+        dtype, device: see :func:`rosakit.tuning.sources.load_model`.
+    """
+    if (Path(name) / RUN_FILE).is_file() or (Path(name) / CONFIG_FILE).is_file():
+        model, tokenizer, _ = load_result(name, model=base, dtype=dtype, device=device)
+        return model, tokenizer
+    return load_model(name, dtype=dtype, device=device)

@@ -34,6 +34,11 @@ def _option(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
+def _default_rosa() -> RosaConfig:
+    """The token route alone: a few hundred parameters, trained in minutes on a CPU."""
+    return RosaConfig(adapters=False, token_route=True)
+
+
 @dataclass
 class TuneConfig:
     """One training run: model, data, what is added, and how it is trained.
@@ -48,7 +53,7 @@ class TuneConfig:
         default_factory=DataConfig, metadata={"help": "Texts and their layout."}
     )
     rosa: RosaConfig | None = field(
-        default_factory=lambda: RosaConfig(adapters=False, token_route=True),
+        default_factory=_default_rosa,
         metadata={"help": "What is added to the model; none to train LoRA alone."},
     )
     output: str = _option("runs/tune", "Folder of the result.")
@@ -97,7 +102,8 @@ class TuneConfig:
         elif not isinstance(self.data, DataConfig):
             self.data = DataConfig(sources=self.data)
         if isinstance(self.rosa, Mapping):
-            self.rosa = RosaConfig.from_dict(self.rosa)
+            # Fields that are not given keep the defaults of a run, not those of a bare attach.
+            self.rosa = RosaConfig.from_dict({**_default_rosa().to_dict(), **self.rosa})
         for name in ("steps", "tokens"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1)

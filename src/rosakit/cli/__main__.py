@@ -1,0 +1,5 @@
+"""``python -m rosakit.cli``."""
+
+from rosakit.cli import main
+
+main()

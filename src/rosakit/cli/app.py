@@ -1,0 +1,216 @@
+"""The commands. Heavy packages are imported when a command runs, so that help is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rosakit.cli.flags import merge, with_flags
+
+__all__ = ["build"]
+
+
+def build() -> typer.Typer:
+    """The command line as a callable."""
+    app = typer.Typer(
+        help="Long-range memory for windowed language models.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        # Rich's tables cut long flag names off in 80 columns.
+        rich_markup_mode=None,
+        add_completion=False,
+    )
+    app.callback()(_options)
+    app.command()(with_flags(tune))
+    app.command("eval")(evaluate)
+    app.command()(generate)
+    app.command()(info)
+    return app
+
+
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show the traceback of an error."),
+    ] = False,
+) -> None:
+    """Long-range memory for windowed language models."""
+    if version:
+        import rosakit
+
+        typer.echo(rosakit.__version__)
+        raise typer.Exit
+
+
+def tune(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="YAML file with the fields below; flags override it.", metavar="FILE"),
+    ] = None,
+    *,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    flags: dict[str, Any],
+) -> None:
+    """Train a long-range memory for a pretrained model on local text.
+
+    Ctrl-C stops after the running step and leaves a checkpoint; --resume goes on from it.
+    """
+    from rosakit.errors import InvalidInputError
+    from rosakit.tuning.settings import load_config
+
+    run = merge({} if config is None else load_config(config), flags)
+    if not run.model:
+        raise InvalidInputError("no model: give --model, or a configuration file with one")
+    from rosakit.tuning.train import tune as train
+
+    result = train(run, show=not quiet)
+    again = f"go on with: rosakit tune {config or '…'} --output {result.output} --resume"
+    if result.interrupted:
+        typer.echo(f"stopped at step {result.steps}; {again}", err=True)
+        raise typer.Exit(130)
+    loss, heldout = result.metrics["train_loss"], result.metrics["heldout_loss"]
+    shown = "" if heldout is None else f", held-out loss {heldout:.4f}"
+    typer.echo(f"{result.output}: {result.steps} steps, training loss {loss:.4f}{shown}")
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Output folder of rosakit tune.")],
+    control: Annotated[
+        Path | None, typer.Option(help="Output folder of the same run with --control.")
+    ] = None,
+    full: Annotated[
+        Path | None, typer.Option(help="Output folder of a run with full attention, trained alike.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results; the run's folder by default.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Base model, if it has moved.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Texts to measure; the run's held-out ones by default.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens measured of each document.")] = 2048,
+    documents: Annotated[int, typer.Option(help="Documents measured.")] = 8,
+    niah: Annotated[
+        str, typer.Option(help="Lengths of the needle prompts in tokens, or none.", metavar="N,N,…")
+    ] = "512,1024,2048",
+    depths: Annotated[
+        str, typer.Option(help="Where needles stand, 0 (start) to 1.", metavar="X,X,…")
+    ] = "0,0.25,0.5,0.75,1",
+    samples: Annotated[int, typer.Option(help="Needles at each length and depth.")] = 2,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the needles.")] = 0,
+) -> None:
+    """Measure a trained model against full attention, bare windows and its control."""
+    from rosakit.cli.evaluation import publish
+    from rosakit.evaluate.runs import evaluate_runs
+    from rosakit.tuning.progress import stages
+
+    with stages() as progress:
+        result = evaluate_runs(
+            run,
+            control=control,
+            full=full,
+            model=model,
+            sources=data or None,
+            length=length,
+            documents=documents,
+            niah_lengths=_numbers("niah", niah, int),
+            depths=_numbers("depths", depths, float),
+            samples=samples,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            progress=progress,
+        )
+    publish(result, run if output is None else output)
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Output folder of rosakit tune, or a plain model.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="File with the text to continue; - for standard input.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, if it has moved.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Probability mass that is sampled from.")] = 0.95,
+    top_k: Annotated[int, typer.Option(help="Tokens that are sampled from; 0 for all.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+) -> None:
+    """Stream text from a trained model."""
+    text = _prompt(prompt, file)
+    from rosakit.tuning.result import load_any
+    from rosakit.tuning.streaming import stream_text
+
+    loaded, tokenizer = load_any(model, base=base, dtype=dtype, device=device)
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    stream_text(
+        loaded,
+        tokenizer,
+        text,
+        write,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        chat=chat,
+    )
+    write("\n")
+
+
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Report versions, backends found, threads and GPU."""
+    from rosakit.cli.info import collect, show
+
+    facts = collect()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        show(facts)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    from rosakit.errors import DataError, InvalidInputError
+
+    if prompt is not None and file is not None:
+        raise InvalidInputError("give --prompt or --file, not both")
+    if prompt is not None:
+        return prompt
+    if file is None and sys.stdin.isatty():
+        raise InvalidInputError("no prompt: give --prompt, --file, or text on standard input")
+    try:
+        if file is None or str(file) == "-":
+            return sys.stdin.read()
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file or 'standard input'} is not UTF-8 text") from error
+
+
+def _numbers(name: str, text: str, kind: type[Any]) -> list[Any]:
+    from rosakit.errors import InvalidInputError
+
+    if text.strip().lower() in ("", "none"):
+        return []
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InvalidInputError(f"--{name} takes numbers with commas, got {text!r}") from error

@@ -1,0 +1,213 @@
+"""Measuring what a training run achieved, against everything it has to be compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rosakit.errors import DataError, InvalidInputError
+from rosakit.evaluate.environment import describe_environment
+from rosakit.evaluate.niah import niah
+from rosakit.evaluate.perplexity import perplexity, position_edges
+from rosakit.evaluate.results import EvaluationResult, VariantResult
+from rosakit.evaluate.scores import Progress
+from rosakit.tuning.attach import attach, detach, is_attached, rosa_parameters
+from rosakit.tuning.config import RosaConfig
+from rosakit.tuning.data import DataConfig, Document, read_documents
+from rosakit.tuning.lora import lora_parameters
+from rosakit.tuning.packing import tokenize
+from rosakit.tuning.result import load_result, read_run
+from rosakit.tuning.settings import TuneConfig
+from rosakit.tuning.sources import load_model
+
+__all__ = ["evaluate_runs"]
+
+Path = str | os.PathLike[str]
+
+
+def evaluate_runs(
+    run: Path,
+    *,
+    control: Path | None = None,
+    full: Path | None = None,
+    model: str | None = None,
+    sources: Sequence[str] | None = None,
+    length: int = 2048,
+    documents: int = 8,
+    niah_lengths: Sequence[int] = (),
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    samples: int = 2,
+    dtype: str | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> EvaluationResult:
+    """Perplexity by position and needles of a run, its base model and its controls.
+
+    Variants: "full" (the untrained model), "window" (no sinks), "window+sinks", "rosa" (the run),
+    and where they are given "control" and "full trained" (full attention, trained alike).
+
+    Args:
+        run: output folder of a training run.
+        control: the same run without retrieval.
+        full: a run with full attention, trained alike.
+        model: base model to use instead of the one that the run names.
+        sources: texts to measure; None for what the run held out.
+        length: tokens measured of each document.
+        documents: documents measured; the longest ones, since positions far back are the point.
+        niah_lengths: lengths of the needle prompts in tokens; empty leaves needles out.
+        depths, samples, seed: see :func:`rosakit.evaluate.niah`.
+        dtype, device: see :func:`rosakit.tuning.sources.load_model`; None for the run's own.
+        progress: called as ``progress(what, done, total)``.
+
+    Raises:
+        CheckpointError: a folder that is no result, or a corrupt one.
+        DataError: no held-out text.
+        InvalidInputError: a run without a window, sizes out of range, or a control that is none.
+    """
+    began = time.perf_counter()
+    config = read_run(run)
+    window = _window(run, config)
+    if length < 2 or documents < 1:
+        raise InvalidInputError(
+            f"evaluation needs length >= 2 and documents >= 1, got {length} and {documents}"
+        )
+    if control is not None and not _is_control(read_run(control)):
+        raise InvalidInputError(
+            f"{control} retrieves, so it is no control; train it with the same settings and "
+            "--control"
+        )
+    texts = _texts(config, sources)
+    options = {"model": model, "dtype": dtype, "device": device}
+    base, tokenizer = load_model(
+        config.model if model is None else model,
+        gguf_file=config.gguf_file if model is None else None,
+        dtype=config.dtype if dtype is None else dtype,
+        device=config.device if device is None else device,
+    )
+    ids = tokenize(texts, tokenizer)
+    rows = sorted((x[:length].tolist() for x in ids if len(x) > 1), key=len, reverse=True)
+    rows = rows[:documents]
+    haystack = "\n".join(t.text for t in texts)
+
+    def measure(name: str, variant: Any, trained: int, description: str) -> VariantResult:
+        def report(what: str, done: int, total: int) -> None:
+            if progress is not None:
+                progress(f"{name}: {what}", done, total)
+
+        edges = [e for e in position_edges(length, window) if e <= length]
+        scored = perplexity(variant, rows, edges=edges, progress=report)
+        needles = None
+        if niah_lengths:
+            needles = niah(
+                variant,
+                tokenizer,
+                niah_lengths,
+                depths,
+                window=window,
+                samples=samples,
+                haystack=haystack,
+                seed=seed,
+                progress=report,
+            )
+        return VariantResult(scored, needles, trained, description)
+
+    measured = {}
+    for name, variant, trained, description in _variants(
+        base, config, window, {"rosa": run, "control": control, "full trained": full}, options
+    ):
+        measured[name] = measure(name, variant, trained, description)
+    order = ("full", "full trained", "window", "window+sinks", "control", "rosa")
+    return EvaluationResult(
+        {name: measured[name] for name in order if name in measured},
+        describe_environment(),
+        seed,
+        time.perf_counter() - began,
+        {
+            "run": os.fspath(run),
+            "model": config.model if model is None else model,
+            "window": window,
+            "sink_tokens": config.rosa.sink_tokens if config.rosa is not None else 0,
+            "length": length,
+            "documents": len(rows),
+        },
+    )
+
+
+def _variants(
+    base: Any,
+    config: TuneConfig,
+    window: int,
+    runs: dict[str, Path | None],
+    options: dict[str, Any],
+) -> Iterator[tuple[str, Any, int, str]]:
+    """(name, model, trained parameters, description), one model in memory beside the base."""
+    yield "full", base, 0, "full attention, untrained"
+    assert config.rosa is not None
+    bare = RosaConfig(
+        window=window, sink_tokens=0, adapters=False, global_layers=config.rosa.global_layers
+    )
+    for name, sinks in (("window", 0), ("window+sinks", config.rosa.sink_tokens)):
+        attach(base, dataclasses.replace(bare, sink_tokens=sinks))
+        try:
+            yield name, base, 0, f"window of {window} tokens and {sinks} sinks, untrained"
+        finally:
+            detach(base)
+    for name, folder in runs.items():
+        if folder is not None:
+            loaded, _, run = load_result(folder, **options)
+            yield name, loaded, _count_trained(loaded), _describe(run)
+            del loaded
+
+
+def _count_trained(model: Any) -> int:
+    added = rosa_parameters(model) if is_attached(model) else {}
+    return sum(p.numel() for p in (*added.values(), *lora_parameters(model).values()))
+
+
+def _describe(config: TuneConfig) -> str:
+    rosa = config.attached()
+    parts = ["full attention" if rosa is None or rosa.window is None else f"window {rosa.window}"]
+    if rosa is not None and rosa.token_route:
+        parts.append("token route")
+    if rosa is not None and rosa.adapters:
+        parts.append(f"adapters with {rosa.address} addresses")
+    if config.lora_rank:
+        parts.append(f"LoRA of rank {config.lora_rank}")
+    if _is_control(config):
+        parts.append("nothing retrieved")
+    return ", ".join(parts)
+
+
+def _is_control(config: TuneConfig) -> bool:
+    rosa = config.attached()
+    return rosa is None or not rosa.retrieve or not (rosa.adapters or rosa.token_route)
+
+
+def _window(run: Path, config: TuneConfig) -> int:
+    if config.rosa is None or config.rosa.window is None:
+        raise InvalidInputError(
+            f"{os.fspath(run)} was trained without a window, so there is nothing to compare; give "
+            "it as the run with full attention beside one with a window"
+        )
+    return config.rosa.window
+
+
+def _texts(config: TuneConfig, sources: Sequence[str] | None) -> list[Document]:
+    if sources is not None:
+        data = DataConfig(
+            sources=tuple(sources),
+            heldout_share=0.0,
+            column=config.data.column,
+            extensions=config.data.extensions,
+        )
+        return read_documents(data).train
+    if not config.data.sources:
+        raise DataError("the run was given its texts in memory; name texts to measure with data")
+    found = read_documents(config.data).heldout
+    if not found:
+        raise DataError("the run held out no text; name texts to measure with data")
+    return found
