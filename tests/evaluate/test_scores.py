@@ -106,10 +106,10 @@ def test_position_edges_double_from_the_window():
 )
 def test_bad_input(given, options, error):
     with pytest.raises(error):
-        perplexity(build(layers=1), given, **options)
+        perplexity(build(depth=1), given, **options)
 
 
 def test_an_empty_bucket_has_no_perplexity():
-    found = measure_perplexity(model_scorer(build(layers=1)), [[3, 4, 5]], edges=(0, 8, 16))
+    found = measure_perplexity(model_scorer(build(depth=1)), [[3, 4, 5]], edges=(0, 8, 16))
     assert math.isnan(found["model"].buckets[1].ppl)
     assert list(found["model"].ppl_by_position) == ["0-8"]

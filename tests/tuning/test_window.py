@@ -87,8 +87,10 @@ def test_global_layers_stay_full(family):
             torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
 
 
-def test_a_layer_that_slides_by_itself_keeps_the_smaller_window():
-    model = build("mistral", sliding_window=4)
+@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+def test_a_layer_that_slides_by_itself_keeps_the_smaller_window(family):
+    own = {"use_sliding_window": True, "max_window_layers": 0} if family == "qwen3" else {}
+    model = build(family, sliding_window=4, **own)
     ids = tokens(1, 30)
     wanted = reference_logits(model, ids, by_hand(30, 4, 0)[None])
     attach(model, RosaConfig(window=10, sink_tokens=3, adapters=False))

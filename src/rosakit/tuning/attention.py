@@ -31,7 +31,7 @@ class LayerWindow:
 
     Attributes:
         window: keys visible to a query, itself included; None for the model's own attention.
-        sink_tokens: first tokens visible beyond the window; 0 without a window.
+        sink_tokens: first tokens visible beyond the window.
         native: the model's own sliding window of this layer, or None.
         shared: where the current forward pass is found when the model passes no keywords down.
     """
@@ -39,12 +39,19 @@ class LayerWindow:
     def __init__(
         self, window: int | None, sink_tokens: int, native: int | None, shared: Shared
     ) -> None:
-        self.window, self.sink_tokens, self.native, self.shared = (
-            window,
-            sink_tokens if window is not None else 0,
-            native,
-            shared,
-        )
+        self.window, self.sink_tokens = window, sink_tokens
+        self.native, self.shared = native, shared
+
+    def restriction(self, said: int | None) -> tuple[int | None, int]:
+        """Window and sinks of a call: ours, unless the model's own window is no larger.
+
+        Args:
+            said: the model's own window as its attention call states it, or None.
+        """
+        native = self.native if self.native is not None else said
+        if self.window is None or (native is not None and native <= self.window):
+            return native, 0
+        return self.window, self.sink_tokens
 
 
 def rosakit_window(
@@ -89,12 +96,12 @@ def rosakit_window(
     plan = context.plan
     assert plan is not None
     context.attended += 1
-    window = layer.window if layer.window is not None else layer.native
-    if plan.wants_blocks(window, layer.sink_tokens):
+    window, sinks = layer.restriction(kwargs.get("sliding_window"))
+    if plan.wants_blocks(window, sinks):
         assert window is not None
-        blocks = plan.blocks(window, layer.sink_tokens)
+        blocks = plan.blocks(window, sinks)
         return block_attention(query, key, value, blocks, scaling=scaling, dropout=dropout), None
-    mask = plan.mask(window, layer.sink_tokens, key.shape[2], held=layer.window is not None)
+    mask = plan.mask(window, sinks, key.shape[2], held=layer.window is not None)
     if mask is not None and mask.shape[0] != query.shape[0]:
         mask = mask.expand(query.shape[0], -1, -1, -1)
     out: Tensor = sdpa_attention_forward(

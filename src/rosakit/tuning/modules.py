@@ -20,7 +20,8 @@ class AttentionSite(NamedTuple):
         name: its qualified name in the decoder.
         attention: the module.
         layer: the decoder layer that holds it.
-        native_window: the model's own sliding window there, or None.
+        native_window: the model's own sliding window there, as far as the module or its layer
+            type tell; None otherwise (some models only say it in each attention call).
     """
 
     layer_index: int
@@ -98,11 +99,12 @@ def _classes(declared: Any) -> tuple[tuple[type, ...], str | None]:
 def _native_window(attention: nn.Module, index: int) -> int | None:
     config: Any = getattr(attention, "config", None)
     kinds = getattr(config, "layer_types", None)
-    if kinds is not None and "sliding" not in kinds[index]:
-        return None
     own = getattr(attention, "sliding_window", None)
-    window = own if own is not None else getattr(config, "sliding_window", None)
-    return None if window is None else int(window)
+    if kinds is not None:
+        if "sliding" not in kinds[index]:
+            return None
+        own = own if own is not None else getattr(config, "sliding_window", None)
+    return None if own is None else int(own)
 
 
 def check_windowable(decoder: Any, sites: list[AttentionSite]) -> None:
@@ -115,13 +117,18 @@ def check_windowable(decoder: Any, sites: list[AttentionSite]) -> None:
             "adapters or a token route without a window"
         )
 
-    if not getattr(decoder, "_supports_attention_backend", False):
+    if not (
+        getattr(decoder, "_supports_attention_backend", False)
+        or decoder._can_set_attn_implementation()
+    ):
         refuse("it does not go through transformers' AttentionInterface")
     if not getattr(decoder, "_supports_sdpa", False):
         refuse("it has no scaled-dot-product form")
     config = decoder.config
     if getattr(config, "attn_logit_softcapping", None) is not None:
         refuse(f"it soft-caps its attention scores ({config.attn_logit_softcapping})")
+    if any("chunked" in kind for kind in getattr(config, "layer_types", None) or ()):
+        refuse("it attends in chunks")
     if getattr(config, "alibi", False):
         refuse("it adds ALiBi position biases")
     for site in sites:
