@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from rosakit.models import rwkv8
+from rosakit.models.rwkv8.rosa_layers import RosaOptions
+from rosakit.ops import estimators
 from tests.conftest import GOLDEN
 
 
@@ -34,6 +36,28 @@ def test_stream_layers_are_exact(golden, name, bits):
         state = rwkv8.State(case["x"].shape[0])
         steps = [layer(x[:, None], state, "rosa") for x in case["x"].unbind(1)]
         assert torch.equal(torch.cat(steps, 1), case["out"]), f"case {n}, step by step"
+
+
+@pytest.mark.skipif("bitflip" not in estimators.names(), reason="no bitflip estimator")
+def test_gradients_of_the_one_bit_layer(golden):
+    """The published backward flips every bit of the one stream and divides by its magnitude."""
+    data = golden("layer_1bit")
+    for n, case in enumerate(cases(data)):
+        x = case["x"].clone().requires_grad_()
+        layer = rwkv8.RosaStreamLayer(x.shape[-1], 1)
+        layer.load_state_dict({"emb0": case["emb0"], "emb1": case["emb1"]})
+        layer.rosa_options = RosaOptions(
+            "bitflip", {"slope": "inverse", "floor": float(data["tau"])}
+        )
+        layer(x).backward(case["gy"])
+        for got, name in ((x.grad, "gx"), (layer.emb0.grad, "gemb0"), (layer.emb1.grad, "gemb1")):
+            torch.testing.assert_close(
+                got,
+                case[name],
+                rtol=1e-4,
+                atol=1e-4,
+                msg=lambda m, n=n, name=name: f"{n} {name} {m}",
+            )
 
 
 @pytest.mark.parametrize("name, bits", [("layer_qkv1", 1), ("layer_qkv4", 4)])

@@ -93,6 +93,10 @@ class RosaOperator(nn.Module):
             stream = state.rosa(name, self.channels // self.bits, self.bits, q.device)
             return _read(stream, q, k, v, e0, e1, e_null, self.bits)
         how = self.rosa_options
+        options = dict(how.options)
+        if q is v and how.estimator == "bitflip":
+            # One stream: a flipped bit is a flipped query, key and value bit (demo 251014).
+            options.setdefault("tied", True)
         y = rosa(
             q,
             k,
@@ -104,7 +108,7 @@ class RosaOperator(nn.Module):
             unmatched="zero" if e_null is None else "null",
             e_null=e_null,
             backend=how.backend,
-            **how.options,
+            **options,
         )
         return cast("Tensor", y)
 
