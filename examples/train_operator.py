@@ -1,7 +1,9 @@
 """Train the operator itself: can q, k and v learn to recall what followed a repeated key?
 
 A stream of random keys, each followed by its own random value; every key comes back later and its
-value has to be recalled. Retrieval is the only way to know it. Run: python examples/train_operator.py
+value has to be recalled. Retrieval is the only way to know it.
+
+Run: python examples/train_operator.py
 """
 
 import torch
