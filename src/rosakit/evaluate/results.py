@@ -165,41 +165,55 @@ class VariantResult:
         niah: None if it was not measured.
         trained_parameters: numbers that training changed.
         description: what the variant is, in words.
+        other: perplexities on other kinds of held-out text, by kind.
     """
 
     perplexity: PerplexityResult
     niah: NiahResult | None = None
     trained_parameters: int = 0
     description: str = ""
+    other: dict[str, PerplexityResult] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: the numbers a reader wants first, then what they were made of."""
         return {
-            "ppl": _number(self.perplexity.ppl),
-            "ppl_by_position": {k: _number(v) for k, v in self.perplexity.ppl_by_position.items()},
+            **_summary(self.perplexity),
             "niah": None if self.niah is None else _number(self.niah.accuracy_beyond),
             "trained_parameters": self.trained_parameters,
             "description": self.description,
             "perplexity_detail": asdict(self.perplexity),
             "niah_detail": None if self.niah is None else asdict(self.niah),
+            "other": {
+                kind: {**_summary(result), "perplexity_detail": asdict(result)}
+                for kind, result in self.other.items()
+            },
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VariantResult:
         """The inverse of :meth:`to_dict`."""
-        detail = values["perplexity_detail"]
         grid = values["niah_detail"]
         return cls(
-            PerplexityResult(
-                tuple(PositionBucket(**bucket) for bucket in detail["buckets"]),
-                detail["documents"],
-            ),
+            _perplexity_from(values["perplexity_detail"]),
             None
             if grid is None
             else NiahResult(**{**grid, "cells": tuple(NiahCell(**cell) for cell in grid["cells"])}),
             values["trained_parameters"],
             values["description"],
+            {k: _perplexity_from(v["perplexity_detail"]) for k, v in values["other"].items()},
         )
+
+
+def _summary(result: PerplexityResult) -> dict[str, Any]:
+    return {
+        "ppl": _number(result.ppl),
+        "ppl_by_position": {k: _number(v) for k, v in result.ppl_by_position.items()},
+    }
+
+
+def _perplexity_from(detail: Mapping[str, Any]) -> PerplexityResult:
+    buckets = tuple(PositionBucket(**bucket) for bucket in detail["buckets"])
+    return PerplexityResult(buckets, detail["documents"])
 
 
 @dataclass(frozen=True)

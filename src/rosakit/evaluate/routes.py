@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rosakit.errors import InvalidInputError
 from rosakit.evaluate.scores import LabelScores, Scorer
 from rosakit.layers import TokenRoute
+from rosakit.tuning.attach import controller_of
 from rosakit.tuning.route_features import IGNORE, FeatureReader, label_scores
 
 __all__ = ["route_scorer"]
@@ -27,15 +29,28 @@ def route_scorer(
     The scores equal those of the whole model with each route attached in turn.
 
     Args:
-        model: attached with a token route, whose weights do not matter here; its candidates are
-            those of the routes.
+        model: attached with a token route, whose weights do not matter here; it has at least as
+            many candidates as each of the routes.
         routes: by name of the variant; None for the model without a route.
         cache: folder that keeps what the model computed, for another run; None to keep nothing.
 
     Raises:
-        InvalidInputError: the model is not attached, or has no token route.
+        InvalidInputError: the model is not attached, has no token route, or one with fewer
+            candidates or another `min_length` than a route of a variant.
     """
     reader = FeatureReader(model, cache)
+    own = controller_of(model).token_route
+    assert own is not None
+    for name, route in routes.items():
+        if route is not None and (
+            route.candidates > own.candidates or route.min_length != own.min_length
+        ):
+            raise InvalidInputError(
+                f"variant {name!r} needs {route.candidates} candidates of min_length "
+                f"{route.min_length}, the attached model finds {own.candidates} of "
+                f"{own.min_length}; attach it with token_candidates={route.candidates} and "
+                f"token_min_length={route.min_length}"
+            )
 
     def score(
         input_ids: Tensor, mask: Tensor | None = None, keep: int | None = None
@@ -53,7 +68,7 @@ def route_scorer(
                 log_prob = features.label_log_p
                 greedy = features.label_log_p >= features.top_log_p
             else:
-                here = features.to(route.keep_bias.device)
+                here = features.first(route.candidates).to(route.keep_bias.device)
                 with torch.no_grad():
                     log_prob, greedy = (x.cpu() for x in label_scores(route, here))
             spread = torch.zeros(real.shape, dtype=torch.float32)

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,11 @@ class RouteFeatures:
     def pick(self, index: Tensor | slice) -> RouteFeatures:
         """Some of the positions."""
         return RouteFeatures(**{name: value[index] for name, value in vars(self).items()})
+
+    def first(self, candidates: int) -> RouteFeatures:
+        """The same with fewer candidates: they are ordered, so the first ones are the best."""
+        names = ("token", "length", "distance", "log_p")
+        return replace(self, **{name: getattr(self, name)[:, :candidates] for name in names})
 
     def to(self, device: torch.device | str) -> RouteFeatures:
         """The same on another device."""
@@ -139,13 +144,13 @@ def extract(call: Tapped, input_ids: Tensor, labels: Tensor) -> RouteFeatures:
     chosen = label != IGNORE
     token, label, own = call.found.token[chosen], label[chosen], own[chosen]
     asked = torch.cat([token, own[:, None], label[:, None]], dim=1)
-    logits = call.logits[chosen]
+    logits, row = call.logits.flatten(0, 1), chosen.flatten().nonzero()[:, 0]
     log_p = torch.empty(asked.shape, dtype=torch.float32, device=asked.device)
     top = torch.empty(len(asked), dtype=torch.float32, device=asked.device)
     step = max(1, _CHUNK // logits.shape[-1])
     for start in range(0, len(asked), step):
         part = slice(start, start + step)
-        work = logits[part].float()
+        work = logits[row[part]].float()
         normalizer = work.logsumexp(-1)
         log_p[part] = work.gather(-1, asked[part]) - normalizer[:, None]
         top[part] = work.amax(-1) - normalizer
@@ -243,8 +248,8 @@ class FeatureReader:
     def _compute(self, batch: Mapping[str, Tensor], keep: int | None) -> RouteFeatures:
         model = self.model
         device = next(model.parameters()).device
-        inputs = {name: x.to(device) for name, x in batch.items()}
-        labels = inputs.pop("labels", inputs["input_ids"])
+        inputs: dict[str, Any] = {name: x.to(device) for name, x in batch.items()}
+        labels: Tensor = inputs.pop("labels", inputs["input_ids"])
         if keep is not None:
             # One position more: the one that predicts the first of them.
             inputs["logits_to_keep"] = keep + 1

@@ -1,0 +1,1 @@
+"""`python -m rosakit.demo`: what a short window loses and what retrieval restores, in minutes."""
