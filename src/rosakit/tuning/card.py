@@ -43,7 +43,7 @@ def _card(folder: Path, config: TuneConfig, metrics: Mapping[str, Any]) -> str:
         "model is unchanged.",
         "",
         "```python",
-        "from rosakit.tuning.result import load_result",
+        "from rosakit.tuning import load_result",
         f'model, tokenizer, config = load_result("{folder.name}")',
         "```",
         "",
