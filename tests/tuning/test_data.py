@@ -57,7 +57,7 @@ def test_one_bad_file_is_named_with_the_remedy(tmp_path, content, said):
 
 
 def test_missing_sources_and_empty_folders(tmp_path):
-    with pytest.raises(DataError, match="no such file or folder: .*nothing.*datasets:"):
+    with pytest.raises(DataError, match=r"no such file or folder: .*nothing.*datasets:"):
         read(tmp_path / "nothing")
     write(tmp_path / "only.py", b"\0")
     with pytest.raises(DataError, match="1 files were left out"):
@@ -72,7 +72,7 @@ def test_jsonl_and_its_errors(tmp_path):
     found = read(path)
     assert [d.text for d in found.train] == ["one", "two"]
     assert found.skipped == 1
-    with pytest.raises(DataError, match="line 1 has no field 'body' .*text, other"):
+    with pytest.raises(DataError, match=r"line 1 has no field 'body' .*text, other"):
         read(path, column="body")
     with pytest.raises(DataError, match="line 2 is not JSON"):
         read(write(tmp_path / "y.jsonl", '{"text": "a"}\n{"text": \n'))
@@ -97,7 +97,7 @@ def test_datasets_name(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write(tmp_path / "set/train.jsonl", '{"text": "one"}\n{"text": "two"}\n')
     assert [d.text for d in read(f"datasets:{tmp_path / 'set'}").train] == ["one", "two"]
-    with pytest.raises(DataError, match="cannot load datasets:.*give local files"):
+    with pytest.raises(DataError, match=r"cannot load datasets:.*give local files"):
         read(f"datasets:{tmp_path / 'missing'}")
 
 

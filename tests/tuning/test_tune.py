@@ -112,7 +112,7 @@ def test_a_corrupt_checkpoint_is_refused(finished, tmp_path, file):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data[:-1] if file == "seal.json" else data)
-    with pytest.raises(CheckpointError, match="corrupt.*delete it"):
+    with pytest.raises(CheckpointError, match=r"corrupt.*delete it"):
         again()
     shutil.rmtree(folder)
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-8"
@@ -124,7 +124,7 @@ def test_only_the_same_run_is_resumed(finished, tmp_path):
         again()
     with pytest.raises(CheckpointError, match="nothing to resume"):
         run(tmp_path / "elsewhere", resume=True)
-    with pytest.raises(InvalidInputError, match="already holds a run .*resume"):
+    with pytest.raises(InvalidInputError, match=r"already holds a run .*resume"):
         run(finished.output)
 
 
@@ -139,7 +139,7 @@ def test_no_space_for_a_checkpoint_loses_nothing(tmp_path, monkeypatch):
         return save(what, path, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match="No space left.*resume"):
+    with pytest.raises(CheckpointError, match=r"No space left.*resume"):
         run(tmp_path / "run")
     monkeypatch.undo()
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
