@@ -14,6 +14,8 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
     LlamaModel,
+    StableLmConfig,
+    StableLmForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -341,3 +343,65 @@ def test_an_attention_that_bypasses_the_interface_is_noticed():
     attention.forward = lambda hidden_states, **kwargs: (hidden_states, None)
     with pytest.raises(UnsupportedModelError, match="only 2 of 3 layers"):
         model(tokens(1, 9))
+
+
+@pytest.mark.parametrize("options", [{}, {"address": "token", "inject": "pre_attn"}], ids=str)
+@torch.no_grad()
+def test_whole_sequences_compile_into_one_graph(options):
+    model, ids = attached(**{"window": 6, **options}), tokens(2, 40)
+    wanted = model(ids, use_cache=False).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, wanted)
+
+
+def stablelm():
+    """An architecture that hands no keyword arguments down to its attention."""
+    torch.manual_seed(0)
+    config = StableLmConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        pad_token_id=0,
+    )
+    return StableLmForCausalLM(config)
+
+
+def test_architectures_that_pass_no_keywords_down():
+    model, ids = stablelm().eval(), tokens(2, 30)
+    attach(model, RosaConfig(window=6, token_route=True))
+    with torch.no_grad():
+        for parameter in rosa_parameters(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        whole = model(ids, use_cache=False).logits
+        out = model(ids[:, :11], use_cache=True)
+        rest = model(ids[:, 11:], past_key_values=out.past_key_values)
+    got = torch.cat([out.logits, rest.logits], 1)
+    torch.testing.assert_close(got, whole, atol=3e-5, rtol=1e-4)
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    with pytest.raises(UnsupportedModelError, match="cannot be checkpointed"):
+        model(ids, labels=ids).loss.backward()
+
+
+@torch.no_grad()
+def test_beside_lora():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(build(), lora)
+    base, ids = wrapped.get_base_model(), tokens(2, 30)
+    before = base(ids).logits
+    attach(base, RosaConfig(window=64))
+    assert torch.equal(wrapped(input_ids=ids).logits, before)
+    freeze_base(base)
+    assert not any(p.requires_grad for n, p in wrapped.named_parameters() if "lora" in n)
+    detach(base)
+    assert torch.equal(wrapped(input_ids=ids).logits, before)
+    with pytest.raises(InvalidTypeError, match="unwrap peft"):
+        attach(wrapped, RosaConfig())

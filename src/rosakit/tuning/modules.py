@@ -6,6 +6,7 @@ import inspect
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from rosakit.errors import InvalidInputError, InvalidTypeError, UnsupportedModelError
 
@@ -38,10 +39,11 @@ def decoder_of(model: Any) -> Any:
         InvalidTypeError: not a transformers model.
         UnsupportedModelError: a model without a causal decoder.
     """
-    if not hasattr(model, "get_decoder") or not hasattr(model, "config"):
+    # Wrappers forward attributes, but generation calls the model inside them, past our hooks.
+    if not isinstance(model, PreTrainedModel):
         raise InvalidTypeError(
             f"attach needs a transformers model (PreTrainedModel), got {type(model).__name__}; "
-            "unwrap peft, DDP or compiled models first"
+            "unwrap peft (get_base_model()), DDP or compiled models first"
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(

@@ -146,6 +146,10 @@ class WindowIndex:
             return Positions(torch.zeros_like(rank), rank)
 
         length, old = self.length, self._layout
+        query = between((before, length))
+        if self.window is None:
+            self._layout = _Layout(0, 0, 0, length)
+            return query, query, lambda: between((0, length))
         self._hidden = old.reserve
         windowed = between((0, old.sinks), (old.start, length))
         sinks = min(self.sinks, length) if before <= self.sinks else old.sinks
@@ -153,7 +157,7 @@ class WindowIndex:
         start = sinks if old.start == old.sinks else old.start
         full = _Layout(start - old.reserve, sinks, start, length)
         self._keep, self._layout = self._plan(full, length, trim=not self.record_past)
-        return between((before, length)), windowed, lambda: between((0, length))
+        return query, windowed, lambda: between((0, length))
 
     def _plan(
         self, source: _Layout, length: int, *, trim: bool
