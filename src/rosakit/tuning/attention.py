@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rosakit.errors import InvalidInputError, UnsupportedModelError
-from rosakit.tuning.context import CONTEXT, ForwardContext, Shared
+from rosakit.tuning.context import ForwardContext, Shared
 from rosakit.tuning.window import block_attention
 
 NAME = "rosakit_window"
@@ -120,4 +120,4 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _no_mask)
 
 
-__all__ = ["ATTRIBUTE", "CONTEXT", "NAME", "LayerWindow", "register", "rosakit_window"]
+__all__ = ["ATTRIBUTE", "NAME", "LayerWindow", "register", "rosakit_window"]
