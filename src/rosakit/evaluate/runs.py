@@ -48,7 +48,7 @@ def evaluate_runs(
     """Perplexity by position and needles of a run, its base model and its controls.
 
     Variants: "full" (the untrained model), "window" (no sinks), "window+sinks", "rosa" (the run),
-    and where they are given "control" and "full trained" (full attention, trained alike).
+    and where they are given "control" and "full+trained" (full attention, trained alike).
 
     Args:
         run: output folder of a training run.
@@ -117,10 +117,10 @@ def evaluate_runs(
 
     measured = {}
     for name, variant, trained, description in _variants(
-        base, config, window, {"rosa": run, "control": control, "full trained": full}, options
+        base, config, window, {"rosa": run, "control": control, "full+trained": full}, options
     ):
         measured[name] = measure(name, variant, trained, description)
-    order = ("full", "full trained", "window", "window+sinks", "control", "rosa")
+    order = ("full", "full+trained", "window", "window+sinks", "control", "rosa")
     return EvaluationResult(
         {name: measured[name] for name in order if name in measured},
         describe_environment(),
