@@ -90,7 +90,9 @@ def test_eval_compares_the_variants(results, capsys):
     shown = capsys.readouterr().out
     for name, variant in values["variants"].items():
         assert name in shown
-        assert f"{variant['ppl']:.3f}" in shown
+        assert f"{variant['ppl']:.2f}" in shown
+    for suffix in (".png", ".svg"):
+        assert (results / f"run/evaluation{suffix}").stat().st_size > 1000
     assert call("eval", results / "run", "--control", results / "run") == 2
     assert "no control" in capsys.readouterr().err
 

@@ -46,7 +46,10 @@ def health_line(health: Mapping[str, float]) -> str:
 
 
 def _console() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False)
+    # A log file gets each line whole; a terminal wraps what is too long for it.
+    console.soft_wrap = not console.is_terminal
+    return console
 
 
 def _bar(console: Console, what: str) -> Progress:
