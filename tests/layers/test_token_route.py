@@ -69,6 +69,16 @@ def test_core_candidates_are_naive(tokens, k, min_length, split):
         assert torch.equal(got.length, length)
 
 
+def test_candidates_are_an_operator():
+    ids = torch.randint(0, 5, (2, 20))
+    torch.library.opcheck(torch.ops.rosakit.best_successors.default, (ids, 3, None, 1))
+    compiled = torch.compile(
+        lambda x: gather_candidates(x, best_successors(x, 3)), fullgraph=True, backend="aot_eager"
+    )
+    for got, expected in zip(compiled(ids), candidates_of(ids), strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_first_candidate_is_the_match():
     ids = torch.randint(0, 6, (2, 50))
     found = best_successors(ids, 4)

@@ -144,8 +144,7 @@ class RosaAdapter(nn.Module):
             if self.e_null is not None:
                 self.e_null.zero_()
             if self.alpha is not None:
-                # sigmoid(-4) = 2%: the mix starts close to the attention's own input. Since
-                # pre_attn scales the residual as well, attach() skips the mix while W_o is zero.
+                # sigmoid(-4) = 2%: the mix starts close to the attention's own input.
                 self.alpha.fill_(-4.0)
 
     def forward(self, u: Tensor, context: RosaContext) -> Tensor:

@@ -54,7 +54,17 @@ def best_successors(
         raise InvalidTypeError(f"input_ids must be integers, got {input_ids.dtype}")
     if candidates < 1:
         raise InvalidInputError(f"candidates must be at least 1, got {candidates}")
-    ids = input_ids.detach().to("cpu", torch.int32).contiguous()
+    position, length = torch.ops.rosakit.best_successors(
+        input_ids.detach(), candidates, segment_starts, min_length
+    )
+    return Match(position, length)
+
+
+@torch.library.custom_op("rosakit::best_successors", mutates_args=())
+def _best_successors_op(
+    input_ids: Tensor, candidates: int, segment_starts: Tensor | None, min_length: int
+) -> tuple[Tensor, Tensor]:
+    ids = input_ids.to("cpu", torch.int32).contiguous()
     starts = None if segment_starts is None else segment_starts.to("cpu", torch.int32).contiguous()
     if native.available():
         arrays = native.best_successors(
@@ -67,7 +77,15 @@ def best_successors(
     else:
         warn_once("rosakit: the compiled core is missing, so token candidates are found slowly")
         position, length = best_successors_naive(ids, candidates, starts, min_length)
-    return Match(position.to(input_ids.device), length.to(input_ids.device))
+    return position.to(input_ids.device), length.to(input_ids.device)
+
+
+@_best_successors_op.register_fake
+def _(
+    input_ids: Tensor, candidates: int, segment_starts: Tensor | None, min_length: int
+) -> tuple[Tensor, Tensor]:
+    position = input_ids.new_empty((*input_ids.shape, candidates), dtype=torch.int32)
+    return position, torch.empty_like(position)
 
 
 def best_successors_naive(
