@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sysconfig
 from pathlib import Path
 
@@ -79,16 +80,15 @@ def run_gpu(cache: Path, output: Path, seed: int, console: Console) -> Evaluatio
     }
     for name, config in runs.items():
         folder = Path(config.output)
-        if (folder / "metrics.json").is_file() and read_run(folder).to_dict() == config.to_dict():
+        if _finished(folder, config):
             console.print(f"{name}: trained already ({folder})")
             continue
         console.print(f"{name}: training on {_TOKENS:,} tokens")
         resume = last_checkpoint(folder) is not None
-        result = tune(dataclasses.replace(config, resume=resume))
-        if result.interrupted:
+        if tune(dataclasses.replace(config, resume=resume)).interrupted:
             raise KeyboardInterrupt
     with showing(console) as progress:
-        found = evaluate_runs(
+        return evaluate_runs(
             output / "rosa",
             control=output / "control",
             full=output / "full+trained",
@@ -99,7 +99,13 @@ def run_gpu(cache: Path, output: Path, seed: int, console: Console) -> Evaluatio
             seed=seed,
             progress=progress,
         )
-    names = {"full trained": "full+trained"}
-    return dataclasses.replace(
-        found, variants={names.get(k, k): v for k, v in found.variants.items()}
-    )
+
+
+def _finished(folder: Path, config: TuneConfig) -> bool:
+    """Whether a folder holds the complete result of this very run."""
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    whole = bool(metrics["steps"] == metrics["steps_planned"])
+    return whole and dataclasses.replace(read_run(folder), resume=False) == config
