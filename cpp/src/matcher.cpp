@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "rosakit/candidates.hpp"
+#include "rosakit/dense_automaton.hpp"
 #include "rosakit/pool.hpp"
 #include "rosakit/solver.hpp"
 
@@ -41,8 +42,9 @@ void check_length(std::size_t n) {
 
 /// What one worker needs; kept for the streams of a call.
 struct Scratch {
-  Solver<false> narrow;
-  std::unique_ptr<Solver<true>> wide;
+  Solver<DenseAutomaton> dense;
+  Solver<Automaton<false>> narrow;
+  std::unique_ptr<Solver<Automaton<true>>> wide;
   Buffer<u8> q8, k8;
   Buffer<u32> q32, k32;
 };
@@ -72,11 +74,15 @@ void match_segment(Scratch& scratch, const T* q, const T* k, std::size_t n, cons
   for (std::size_t i = 0; i < n; ++i) top |= static_cast<u32>(q[i]) | static_cast<u32>(k[i]);
   if (top >> 31)
     throw std::invalid_argument("symbols must be >= 0; a negative one was found outside padding");
-  if (top < 256 && n < Automaton<false>::kMaxSymbols) {
+  const auto bits = static_cast<unsigned>(std::bit_width(top));
+  if (bits <= DenseAutomaton::kMaxBits && n <= DenseAutomaton::kMaxSymbols) {
+    scratch.dense.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8), static_cast<u32>(n), rule,
+                        bits, out);
+  } else if (bits <= 8 && n <= Automaton<false>::kMaxSymbols) {
     scratch.narrow.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8),
-                         static_cast<u32>(n), rule, static_cast<unsigned>(std::bit_width(top)), out);
+                         static_cast<u32>(n), rule, bits, out);
   } else {
-    if (!scratch.wide) scratch.wide = std::make_unique<Solver<true>>();
+    if (!scratch.wide) scratch.wide = std::make_unique<Solver<Automaton<true>>>();
     scratch.wide->match(as_words(q, n, scratch.q32), as_words(k, n, scratch.k32),
                         static_cast<u32>(n), rule, 32, out);
   }
@@ -121,7 +127,7 @@ void best_successors(const SuccessorCall& call) {
   check_length(call.time);
   const std::size_t k = call.candidates;
   parallel_for(call.batch, [&](std::size_t row, unsigned) {
-    Stream<true> stream;
+    Stream<Automaton<true>> stream;
     Candidates candidates;
     const std::size_t at = row * call.time;
     const i32* starts = call.segment_starts ? call.segment_starts + at : nullptr;
@@ -133,10 +139,8 @@ void best_successors(const SuccessorCall& call) {
             const i32 token = call.tokens[i];
             if (token < 0)
               throw std::invalid_argument("tokens must be >= 0; a negative one was found outside padding");
-            stream.normalise();
             stream.advance(static_cast<u32>(token), call.max_length);
             stream.append(static_cast<u32>(token));
-            stream.normalise();
             candidates.collect(stream, stream.at, call.candidates, call.min_length,
                                static_cast<i32>(g.begin), call.position + i * k, call.length + i * k);
           }

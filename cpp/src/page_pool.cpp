@@ -15,6 +15,8 @@ namespace {
 
 constexpr std::size_t kPages = kSlabBytes / kPageBytes;  // the first one holds counts and links
 
+constexpr u32 kSpareSlabs = 16;
+
 /// Beside the counts (4 bytes a page): the slab's place in the list of slabs with free pages.
 struct Slab {
   std::atomic<u32> references[kPages];
@@ -94,7 +96,7 @@ void recycle_page(void* page) noexcept {
   *static_cast<void**>(page) = s->free;
   s->free = page;
   if (--s->used) return;
-  if (g_empty == 0) {  // keep one, so that a state at the edge of a slab does not thrash
+  if (g_empty < kSpareSlabs) {  // fresh memory costs as much as the work done in it
     ++g_empty;
     return;
   }

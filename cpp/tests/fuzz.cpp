@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "rosakit/dense_automaton.hpp"
 #include "rosakit/memory.hpp"
 #include "rosakit/solver.hpp"
 #include "streams.hpp"
@@ -31,11 +32,18 @@ std::size_t compare(const u8* data, std::size_t size) {
   const reference::Result want =
       reference::match({q.begin(), q.end()}, {k.begin(), k.end()}, rule, flips);
   reference::Result got{std::vector<i32>(n), std::vector<i32>(n), std::vector<i32>(n * flips)};
-  static Solver<false> solver;
+  static Solver<Automaton<false>> solver;
   solver.budget = budget;
   solver.match(q.data(), k.data(), static_cast<u32>(n), rule, bits,
                Output{got.position.data(), got.length.data(), got.flipped.data(), flips, 0});
   if (got != want) std::abort();
+  if (bits <= DenseAutomaton::kMaxBits) {
+    static Solver<DenseAutomaton> dense;
+    dense.budget = budget;
+    dense.match(q.data(), k.data(), static_cast<u32>(n), rule, bits,
+                Output{got.position.data(), got.length.data(), got.flipped.data(), flips, 0});
+    if (got != want) std::abort();
+  }
 
   MemoryOptions options{1, 1, bits, rule, budget.per_symbol, budget.base};
   SuffixMemory memory(options);

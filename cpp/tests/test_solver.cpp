@@ -1,5 +1,6 @@
 #include <doctest/doctest.h>
 
+#include "rosakit/dense_automaton.hpp"
 #include "rosakit/solver.hpp"
 #include "streams.hpp"
 
@@ -8,14 +9,17 @@ using namespace rosakit::testing;
 
 namespace {
 
-template <bool kWide>
+using Narrow = Automaton<false>;
+using Wide = Automaton<true>;
+
+template <class Tree>
 reference::Result solve(const Symbols& q, const Symbols& k, const Rule& rule, unsigned symbol_bits,
                         unsigned flips, Budget budget) {
-  using Symbol = typename Automaton<kWide>::Symbol;
+  using Symbol = typename Tree::Symbol;
   const std::vector<Symbol> qs(q.begin(), q.end()), ks(k.begin(), k.end());
   const std::size_t n = q.size();
   reference::Result out{std::vector<i32>(n, -7), std::vector<i32>(n, -7), std::vector<i32>(n * flips, -7)};
-  Solver<kWide> solver;
+  Solver<Tree> solver;
   solver.budget = budget;
   solver.match(qs.data(), ks.data(), static_cast<u32>(n), rule, symbol_bits,
                Output{out.position.data(), out.length.data(), out.flipped.data(), flips, 0});
@@ -35,8 +39,9 @@ TEST_CASE("every phase of the solver gives the definition") {
     const Budget budget = std::array{Budget{}, Budget{0, 0}, Budget{0, 1 + random.below(200)}}[trial % 3];
     CAPTURE(trial);
     const reference::Result want = reference::match(q, k, rule, flips);
-    REQUIRE(solve<false>(q, k, rule, bits, flips, budget) == want);
-    REQUIRE(solve<true>(q, k, rule, 32, flips, budget) == want);
+    REQUIRE(solve<Narrow>(q, k, rule, bits, flips, budget) == want);
+    REQUIRE(solve<Wide>(q, k, rule, 32, flips, budget) == want);
+    if (bits <= 4) REQUIRE(solve<DenseAutomaton>(q, k, rule, bits, flips, budget) == want);
   }
 }
 
@@ -48,7 +53,7 @@ TEST_CASE("wide symbols") {
       for (u32& s : *x) s = s * 7158278 % 0x7FFFFFFF;
     const Rule rule = draw_rule(random);
     const Budget budget{0, trial % 2 ? 0 : random.below(2000)};
-    REQUIRE(solve<true>(q, k, rule, 32, 2, budget) == reference::match(q, k, rule, 2));
+    REQUIRE(solve<Wide>(q, k, rule, 32, 2, budget) == reference::match(q, k, rule, 2));
   }
 }
 
@@ -58,7 +63,7 @@ TEST_CASE("work stays within the budget's order on periodic streams") {
   for (unsigned family : {1u, 2u, 3u, 4u, 6u}) {
     Random random(family);
     const auto [q, k] = draw(family, n, 4, random);
-    const reference::Result out = solve<false>(q, k, Rule{}, 2, 2, Budget{});
+    const reference::Result out = solve<Narrow>(q, k, Rule{}, 2, 2, Budget{});
     if (q == k) CHECK(out.length[n - 1] > 0);
   }
 }

@@ -124,28 +124,29 @@ class Automaton {
     journal_ = journal;
     rows_.set_journal(journal);
   }
-  /// Notes what a step is about to outgrow; call after Journal::begin_step.
-  void note_step() {
-    journal_->note(kScalar, 0, last_);
-    journal_->note(kScalar, 1, length_);
-    journal_->note(kScalar, 2, size());
-    journal_->note(kScalar, 3, rows_.size_in_units());
+  /// Starts a step that `undo` and `undo_mark` can take back; fills the mark's first two scalars.
+  Journal::Mark& begin_step(std::size_t depth) {
+    Journal::Mark& mark = journal_->begin_step(depth, size(), rows_.size_in_units());
+    mark.scalars[0] = last_;
+    mark.scalars[1] = length_;
+    return mark;
+  }
+  void undo_mark(const Journal::Mark& mark) {
+    states_.resize(mark.states);
+    rows_.undo_size(mark.rows);
+    last_ = mark.scalars[0];
+    length_ = mark.scalars[1];
   }
   void undo(const Journal::Entry& e) {
-    if (e.area == kScalar) {
-      if (e.index == 0) last_ = e.old;
-      else if (e.index == 1) length_ = e.old;
-      else if (e.index == 2) states_.resize(e.old);
-      else rows_.undo_size(e.old);
-    } else if (e.area <= kSym) {
-      State& x = states_.mut(e.index);
-      if (e.area == kLink) x.link = e.old;
-      else if (e.area == kEnd) x.end = static_cast<i32>(e.old);
-      else if (e.area == kNext) x.next = e.old;
-      else sym_word(x) = e.old;
-    } else {
+    if (e.area > kSym) {
       rows_.undo(e);
+      return;
     }
+    State& x = states_.mut(e.index);
+    if (e.area == kLink) x.link = e.old;
+    else if (e.area == kEnd) x.end = static_cast<i32>(e.old);
+    else if (e.area == kNext) x.next = e.old;
+    else sym_word(x) = e.old;
   }
 
   std::size_t live_bytes() const { return states_.live_bytes() + rows_.live_bytes(); }
@@ -153,7 +154,7 @@ class Automaton {
 
  private:
   static constexpr u32 kRow = u32{1} << 31;
-  enum : u32 { kLink, kEnd, kNext, kSym, kScalar = 24 };  // areas of the journal
+  enum : u32 { kLink, kEnd, kNext, kSym };  // areas of the journal
 
   static u32 len_of(const State& x) {
     if constexpr (kWide) return x.len;
@@ -184,7 +185,7 @@ class Automaton {
   }
   void note(u32 area, u32 index, u32 old) {
     if constexpr (Storage::template Array<State>::kShared)
-      if (journal_) journal_->note(area, index, old);
+      if (index < journal_->state_floor()) journal_->note(area, index, old);
   }
   void set_next(u32 u, u32 sym, u32 next) {
     State& x = states_.mut(u);
@@ -230,8 +231,7 @@ class Automaton {
     } else if (!x.next) {
       set_next(p, s, target);
     } else {
-      const RowRef row = rows_.insert(rows_.make(), inline_symbol(x), x.next);
-      set_row(p, rows_.insert(row, s, target));
+      set_row(p, rows_.make(inline_symbol(x), x.next, s, target));
     }
   }
   /// Points a present transition elsewhere.

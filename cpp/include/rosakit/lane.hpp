@@ -30,8 +30,9 @@ class Lane {
   /// Feeds one position of a self-matching stream and collects its best successors.
   virtual void step_candidates(u32 token, unsigned candidates, bool undoable, i32* position,
                                i32* length) = 0;
-  /// Brings what the next step with (q, k) will touch nearer, one dependent access a stage.
-  virtual void approach(unsigned stage, u32 q, u32 k) const = 0;
+  /// Brings what the next step with (q, k) will touch nearer, one dependent access a stage; `chain`
+  /// is the caller's to keep between the stages.
+  virtual void approach(unsigned stage, u32 q, u32 k, u32& chain) const = 0;
   virtual void truncate(u32 length) = 0;
 
   virtual u32 query(u32 i) const = 0;
@@ -45,7 +46,8 @@ class Lane {
 template <bool kWide, bool kRun>
 class TypedLane final : public Lane {
  public:
-  using Engine = std::conditional_t<kRun, RunStream<kWide, Paged>, Stream<kWide, Paged>>;
+  using Streaming = Stream<Automaton<kWide, Paged>, LinkCut<Paged>>;
+  using Engine = std::conditional_t<kRun, RunStream<Streaming, Paged>, Streaming>;
   using Symbol = typename Automaton<kWide>::Symbol;
 
   TypedLane(const Rule& rule, unsigned bits, const Budget& budget)
@@ -78,39 +80,31 @@ class TypedLane final : public Lane {
   void step_candidates(u32 token, unsigned candidates, bool undoable, i32* position,
                        i32* length) override {
     feed(token, token, undoable);
-    stream().normalise();
     static thread_local Candidates scratch;
     scratch.collect(stream(), stream().at, candidates, rule_.min_length, 0, position, length);
   }
 
-  void approach(unsigned stage, u32 q, u32 k) const override {
+  void approach(unsigned stage, u32 q, u32 k, u32& chain) const override {
     const auto& tree = stream().tree;
     const u32 at = stream().at.state;
     if (stage == 0) {
-      for (std::size_t line = 0; line < sizeof *this; line += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(this) + line);
-    } else if (stage == 1) {
       tree.prefetch_state(at);
       tree.prefetch_state(tree.last());
-    } else if (stage == 2) {
+    } else if (stage == 1) {
       tree.prefetch_row(at);
-      tree.prefetch_state(tree.link(at));
-      tree.prefetch_state(tree.link(tree.last()));
-    } else if (stage == 3) {
+      chain = tree.link(tree.last());
+      tree.prefetch_state(chain);
+    } else if (stage == 2) {
       if (const u32 t = tree.find(at, q)) tree.prefetch_state(t);
-      const u32 chain = tree.link(tree.last());
+      else tree.prefetch_state(tree.link(at));
       tree.prefetch_row(chain);
       tree.prefetch_state(tree.link(chain));
-    } else if (stage == 4) {
-      const u32 chain = tree.link(tree.last());
-      if (const u32 t = tree.find(chain, k)) tree.prefetch_state(t);
-      const u32 upper = tree.link(chain);
-      tree.prefetch_row(upper);
-      tree.prefetch_state(tree.link(upper));
     } else {
-      const u32 upper = tree.link(tree.link(tree.last()));
-      if (const u32 t = tree.find(upper, k)) tree.prefetch_state(t);
-      tree.prefetch_row(tree.link(upper));
+      // Where the key leads from this ancestor of the newest state: the chain whose ends will move.
+      if (const u32 t = tree.find(chain, k)) tree.prefetch_state(t);
+      chain = tree.link(chain);
+      tree.prefetch_row(chain);
+      tree.prefetch_state(tree.link(chain));
     }
   }
 
@@ -118,8 +112,9 @@ class TypedLane final : public Lane {
     if (length >= keys_.size()) return;
     const std::size_t surplus = keys_.size() - length;
     if (surplus <= journal_.steps()) {
-      for (std::size_t s = 0; s < surplus; ++s) journal_.undo_step([this](const auto& e) { undo(e); });
-      if constexpr (kRun) engine_.growth.reset();
+      for (std::size_t s = 0; s < surplus; ++s)
+        journal_.undo_step([this](const auto& e) { undo_entry(e); },
+                           [this](const auto& m) { undo_mark(m); });
       shorten(length);
     } else {
       replay(length);
@@ -140,8 +135,6 @@ class TypedLane final : public Lane {
   }
 
  private:
-  enum : u32 { kAreaLane = 25 };  // of the journal
-
   auto& stream() {
     if constexpr (kRun) return engine_.stream;
     else return engine_;
@@ -179,7 +172,6 @@ class TypedLane final : public Lane {
       engine_.step(q, k, rule_, 0, nullptr);
       return engine_.hit();
     } else {
-      engine_.normalise();
       engine_.advance(q, rule_.max_length);
       // A match that goes on keeps its (latest) place: no need to ask the link-cut tree.
       const u32 next = static_cast<u32>(before_.end) + 1;
@@ -193,52 +185,46 @@ class TypedLane final : public Lane {
     }
   }
 
-  /// Visits the words that a step changes besides the automaton.
-  template <class F>
-  void scalars(F&& f) {
-    u32 i = 0;
-    f(i++, stream().at.state);
-    f(i++, stream().at.length);
-    if constexpr (kRun) {
-      f(i++, engine_.positions);
-      f(i++, engine_.newest);
-      f(i++, engine_.known);
-    } else {
-      f(i++, before_.end);
-      f(i++, before_.length);
-    }
-  }
   void begin_step() {
-    journal_.begin_step(kUndoDepth);
-    stream().tree.note_step();
-    scalars([this](u32 i, auto value) { journal_.note(kAreaLane, i, static_cast<u32>(value)); });
+    Journal::Mark& mark = stream().tree.begin_step(kUndoDepth);
+    mark.scalars[2] = stream().at.state;
+    mark.scalars[3] = stream().at.length;
     if constexpr (kRun) {
-      journal_.note(kAreaLane, 5, static_cast<u32>(engine_.query_run.size()));
-      journal_.note(kAreaLane, 6, static_cast<u32>(engine_.key_run.size()));
+      mark.scalars[4] = engine_.positions;
+      mark.scalars[5] = static_cast<u32>(engine_.newest);
+      mark.scalars[6] = static_cast<u32>(engine_.known);
+      mark.scalars[7] = static_cast<u32>(engine_.query_run.size());
+      mark.scalars[8] = static_cast<u32>(engine_.key_run.size());
+    } else {
+      mark.scalars[4] = static_cast<u32>(before_.end);
+      mark.scalars[5] = before_.length;
     }
   }
-  void undo(const Journal::Entry& e) {
-    if (e.area == kAreaLane) {
-      scalars([&](u32 i, auto& value) {
-        if (i == e.index) value = static_cast<std::remove_reference_t<decltype(value)>>(e.old);
-      });
-      if constexpr (kRun) {
-        if (e.index == 5) engine_.query_run.resize(e.old);
-        if (e.index == 6) {
-          engine_.key_run.resize(e.old);
-          engine_.key_start.resize(e.old);
-        }
-      }
-    } else if (e.area >= LinkCut<Paged>::kAreaFirst && e.area <= LinkCut<Paged>::kAreaLast) {
+  void undo_entry(const Journal::Entry& e) {
+    if (e.area >= LinkCut<Paged>::kAreaFirst && e.area <= LinkCut<Paged>::kAreaLast)
       stream().forest.undo(e);
-    } else {
+    else
       stream().tree.undo(e);
+  }
+  void undo_mark(const Journal::Mark& mark) {
+    stream().tree.undo_mark(mark);
+    if (stream().linked) stream().forest.resize(mark.states);
+    stream().at = {mark.scalars[2], mark.scalars[3]};
+    if constexpr (kRun) {
+      engine_.positions = mark.scalars[4];
+      engine_.newest = static_cast<i32>(mark.scalars[5]);
+      engine_.known = static_cast<i32>(mark.scalars[6]);
+      engine_.query_run.resize(mark.scalars[7]);
+      engine_.key_run.resize(mark.scalars[8]);
+      engine_.key_start.resize(mark.scalars[8]);
+      engine_.growth.reset();  // it may speak of runs that are gone
+    } else {
+      before_ = {static_cast<i32>(mark.scalars[4]), mark.scalars[5]};
     }
   }
   void shorten(u32 length) {
     keys_.resize(length);
     if (!self_) queries_.resize(length);
-    if (stream().linked) stream().forest.resize(stream().tree.size());
   }
   void replay(u32 length) {
     journal_.turn(false);

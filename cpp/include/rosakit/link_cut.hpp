@@ -80,7 +80,7 @@ class LinkCut {
   void set(u32 u, Field Node::*field, Value value) {
     Node& n = nodes_.mut(u);
     if constexpr (Storage::template Array<Node>::kShared)
-      if (journal_ && journal_->on()) {
+      if (u < journal_->state_floor()) {
         const auto offset = static_cast<u32>(reinterpret_cast<const char*>(&(n.*field)) -
                                              reinterpret_cast<const char*>(&n));
         journal_->note(kAreaFirst + offset / 4, u, static_cast<u32>(n.*field));

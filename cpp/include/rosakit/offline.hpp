@@ -8,7 +8,6 @@
 // how repetitive the streams are.
 #pragma once
 
-#include "rosakit/automaton.hpp"
 #include "rosakit/stream.hpp"
 
 namespace rosakit {
@@ -54,11 +53,9 @@ class RecencyTree {
   unsigned depth_ = 0;
 };
 
-template <bool kWide>
+template <class Tree>
 class Offline {
  public:
-  using Tree = Automaton<kWide>;
-
   /// `primary[i]` is the state that keys[0..i] as a whole belongs to.
   void build(const Tree& tree, const Buffer<u32>& primary) {
     tree_ = &tree;

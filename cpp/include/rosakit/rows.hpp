@@ -76,8 +76,14 @@ class Rows {
     }
   }
 
-  /// A new row of the smallest class, empty.
-  RowRef make() { return make_class(0); }
+  /// A new row of two entries.
+  RowRef make(u32 s0, u32 t0, u32 s1, u32 t1) {
+    RowRef row = make_class(0);
+    u32* r = mut_words(row);
+    fill(r, row, s0, t0);
+    fill(r, row, s1, t1);
+    return row;
+  }
 
   /// Points a present symbol to another target.
   void replace(RowRef row, u32 s, u32 target) {
@@ -105,9 +111,11 @@ class Rows {
   RowRef insert(RowRef row, u32 s, u32 target) {
     if (put(row, s, target)) return row;
     RowRef grown = make_class(next_class(row.cls));
-    for_each(row, [&](u32 symbol, u32 t) { put(grown, symbol, t); });
+    mut_words(row);  // its page is ours before both rows are in use
+    u32* r = mut_words(grown);
+    for_each(row, [&](u32 symbol, u32 t) { fill(r, grown, symbol, t); });
+    fill(r, grown, s, target);
     recycle(row);
-    put(grown, s, target);
     return grown;
   }
 
@@ -170,10 +178,9 @@ class Rows {
   }
   void note(RowRef row, u32 at, u32 old) {
     if constexpr (Words::kShared) {
-      if (!journal_ || !journal_->on()) return;
       if (is_big(row.cls)) {
-        journal_->note(kAreaBig | at, row.offset, old);
-      } else {
+        if (journal_->row_floor()) journal_->note(kAreaBig | at, row.offset, old);
+      } else if (row.offset < journal_->row_floor()) {
         const std::size_t word = std::size_t{row.offset} * 2 + at;
         journal_->note(kAreaWord + static_cast<u32>(word & 1), static_cast<u32>(word / 2), old);
       }
@@ -181,12 +188,12 @@ class Rows {
   }
   void note_words(RowRef row) {
     if constexpr (Words::kShared)
-      if (journal_ && journal_->on())
+      if (row.offset < journal_->row_floor())
         for (u32 i = 0; i < word_count(row.cls); ++i) note(row, i, words(row)[i]);
   }
   void set_free(u32 cls, u32 offset) {
     if constexpr (Words::kShared)
-      if (journal_) journal_->note(kAreaFree, cls, free_[cls]);
+      if (journal_->row_floor()) journal_->note(kAreaFree, cls, free_[cls]);
     free_[cls] = offset;
   }
 
@@ -198,6 +205,25 @@ class Rows {
       if (!r[2 * i + 1] || r[2 * i] == s) return 2 * i + 1;
   }
 
+  /// Puts an absent symbol into a row with room whose former words have been noted.
+  void fill(u32* r, RowRef& row, u32 s, u32 target) {
+    if constexpr (kWide) {
+      u32 at = 1;
+      if (hashed(row.cls)) {
+        ++row.used;
+        at = probe(r, row.cls, s);
+      } else {
+        while (r[at]) at += 2;
+      }
+      r[at - 1] = s;
+      r[at] = target;
+    } else if (row.cls == direct_) {
+      r[s] = target;
+    } else {
+      while (*r) ++r;
+      *r = target << 8 | s;
+    }
+  }
   /// Puts an absent symbol into the row if there is room.
   bool put(RowRef& row, u32 s, u32 target) {
     const u32* r = words(row);

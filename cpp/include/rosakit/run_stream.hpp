@@ -11,11 +11,11 @@
 
 namespace rosakit {
 
-template <bool kWide, class Storage = Flat>
+template <class Stream, class Storage>
 struct RunStream {
-  using Symbol = typename Automaton<kWide>::Symbol;
+  using Symbol = typename Stream::Tree::Symbol;
 
-  Stream<kWide, Storage> stream;
+  Stream stream;
   Growth growth;
   typename Storage::template Array<Symbol> query_run, key_run;
   typename Storage::template Array<i32> key_start;
@@ -85,7 +85,6 @@ struct RunStream {
  private:
   bool append_known() {
     stream.append(key_run[static_cast<u32>(known)]);
-    stream.normalise();
     return true;
   }
 };

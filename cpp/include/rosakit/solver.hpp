@@ -19,10 +19,10 @@ struct Output {
   i32 base = 0;
 };
 
-template <bool kWide>
+template <class Tree>
 class Solver {
  public:
-  using Symbol = typename Automaton<kWide>::Symbol;
+  using Symbol = typename Tree::Symbol;
 
   /// Of the online phase.
   Budget budget;
@@ -30,8 +30,8 @@ class Solver {
   void match(const Symbol* q, const Symbol* k, u32 n, const Rule& rule, unsigned symbol_bits,
              const Output& out) {
     symbol_bits_ = symbol_bits;
-    stream_.reset(symbol_bits);
     primary_.clear();
+    primary_.reserve(n);
     walked_ = 0;
     rule_ = rule;
     out_ = out;
@@ -52,23 +52,25 @@ class Solver {
 
   void tokens(const Symbol* q, const Symbol* k, u32 n) {
     const u32 cap = rule_.max_length;
+    Stream<Tree>& stream = runs_.stream;
+    stream.tree.reserve(n);
+    stream.reset(symbol_bits_);
     Hit flips[16];
     u32 i = 0;
-    for (; i < n && walked_ + stream_.chain_steps <= budget.at(i); ++i) {
-      stream_.normalise();
+    for (; i < n && walked_ + stream.chain_steps <= budget.at(i); ++i) {
       if (out_.bits) {
-        walked_ += stream_.flips(q[i], out_.bits, cap, flips);
+        walked_ += stream.flips(q[i], out_.bits, cap, flips);
         for (unsigned m = 0; m < out_.bits; ++m) write_flip(i, m, flips[m]);
       }
-      stream_.advance(q[i], cap);
-      write(i, stream_.hit());
-      primary_.push_back(stream_.append(k[i]));
+      stream.advance(q[i], cap);
+      write(i, stream.hit());
+      primary_.push_back(stream.append(k[i]));
     }
     if (i == n) return;
-    for (u32 j = i; j < n; ++j) primary_.push_back(stream_.tree.append(k[j]).state);
-    stream_.normalise();
-    offline_.build(stream_.tree, primary_);
-    Cursor at = stream_.at;
+    for (u32 j = i; j < n; ++j) primary_.push_back(stream.tree.append(k[j]).state);
+    stream.normalise();
+    offline_.build(stream.tree, primary_);
+    Cursor at = stream.at;
     Hit before{};
     for (; i < n; ++i) {
       const i32 by = static_cast<i32>(i) - 1;
@@ -89,6 +91,7 @@ class Solver {
   }
 
   void runs(const Symbol* q, const Symbol* k, u32 n) {
+    runs_.stream.tree.reserve(n);
     runs_.reset(symbol_bits_);
     Hit flips[16];
     u32 i = 0;
@@ -147,9 +150,8 @@ class Solver {
   }
   Hit look_up(Cursor c) const { return c.length ? Hit{offline_.latest(c.state), c.length} : Hit{}; }
 
-  Stream<kWide> stream_;
-  Offline<kWide> offline_;
-  RunStream<kWide> runs_;
+  Offline<Tree> offline_;
+  RunStream<Stream<Tree>, Flat> runs_;
   Buffer<u32> primary_;
   u64 walked_ = 0;
   unsigned symbol_bits_ = 8;

@@ -21,23 +21,29 @@ struct Cursor {
   u32 length = 0;
 };
 
+struct NoForest {
+  void clear() {}
+};
+
 /// Link steps that walking chains may take up to stream position i.
 struct Budget {
   u64 per_symbol = 32, base = 8192;
   u64 at(u64 i) const { return per_symbol * i + base; }
 };
 
-template <bool kWide, class Storage = Flat>
+/// `Tree`: an automaton. `Forest`: LinkCut for streaming, NoForest where the caller bounds the walks.
+template <class Tree_, class Forest = NoForest>
 struct Stream {
-  using Tree = Automaton<kWide, Storage>;
+  using Tree = Tree_;
+  static constexpr bool kMayLink = !std::is_same_v<Forest, NoForest>;
   Tree tree;
-  LinkCut<Storage> forest;  // in use if `linked`
+  Forest forest;  // in use if `linked`
   Cursor at;
   u64 chain_steps = 0;
   bool linked = false;
   Budget budget;  // streaming only: past it, `forest` takes over
 
-  explicit Stream(unsigned bits = 8) : tree(bits) {}
+  explicit Stream(unsigned bits = 8) { tree.reset(bits); }
   void reset(unsigned bits) {
     tree.reset(bits);
     forest.clear();
@@ -46,11 +52,12 @@ struct Stream {
     linked = false;
   }
 
-  /// Appends a key and makes it known to every state it ends in.
+  /// Appends a key, makes it known to every state it ends in, and keeps the cursor's state right.
   u32 append(u32 key) {
     const Appended a = tree.append(key);
     const i32 position = static_cast<i32>(tree.length() - 1);
-    if constexpr (Storage::template Array<u32>::kShared) {
+    if (a.clone && a.split == at.state && at.length <= tree.len(a.clone)) at.state = a.clone;
+    if constexpr (kMayLink) {
       if (linked) {
         // The forest numbers nodes like the tree: the new state comes before the clone.
         forest.add(a.clone ? 0 : tree.link(a.state), position);
@@ -68,18 +75,21 @@ struct Stream {
   bool over_budget() const { return !linked && chain_steps > budget.at(tree.length()); }
 
   /// Changes over to the link-cut tree.
-  void link_up() {
+  void link_up()
+    requires kMayLink
+  {
     forest.clear();
     for (u32 u = 0; u < tree.size(); ++u) forest.add(u ? tree.link(u) : 0, tree.end(u));
     linked = true;
   }
 
   i32 latest(u32 u) {
-    if (linked) return forest.latest(u);
+    if constexpr (kMayLink)
+      if (linked) return forest.latest(u);
     return tree.end(u);
   }
 
-  /// Follows clones made since the cursor was placed.
+  /// Follows clones made behind the cursor's back, by appending to `tree` directly.
   void normalise() {
     while (at.state && at.length <= tree.len(tree.link(at.state))) at.state = tree.link(at.state);
   }
@@ -105,7 +115,7 @@ struct Stream {
   Hit hit() { return at.length ? Hit{latest(at.state), at.length} : Hit{}; }
 
   /// For each bit m < bits: the match of the query whose next symbol is s with bit m flipped.
-  /// Call on a normalised cursor. Returns the link steps taken.
+  /// Returns the link steps taken.
   u32 flips(u32 s, unsigned bits, u32 cap, Hit* out) const {
     u32 pending = (u32{1} << bits) - 1, steps = 0;
     for (unsigned m = 0; m < bits; ++m) out[m] = {};

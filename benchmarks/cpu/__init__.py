@@ -1,0 +1,1 @@
+"""Benchmarks of the C++ core on CPU: ``python -m benchmarks.cpu --help``."""

@@ -1,0 +1,99 @@
+// The suffix automaton of a short stream over a small alphabet: every state has a full row of 16-bit
+// targets, so a transition is one load without branches. Twice the bytes of Automaton, and faster
+// while they fit the second-level cache. For whole-sequence calls; same interface as Automaton.
+#pragma once
+
+#include <algorithm>
+
+#include "rosakit/automaton.hpp"
+
+namespace rosakit {
+
+class DenseAutomaton {
+ public:
+  using Symbol = u8;
+  static constexpr unsigned kMaxBits = 4;
+  static constexpr std::size_t kMaxSymbols = 32760;  // states are numbered by 16 bits
+
+  /// Room for the stream must be reserved before it is appended.
+  void reset(unsigned) {
+    if (!rows_.size()) reserve(1);
+    size_ = 0;
+    last_ = length_ = 0;
+    new_state(0, kNull);
+  }
+  void reserve(std::size_t symbols) {
+    if (rows_.size() >= 2 * symbols + 2) return;
+    rows_.resize(2 * symbols + 2);
+    meta_.resize(2 * symbols + 2);
+  }
+
+  u32 size() const { return size_; }
+  u32 length() const { return length_; }
+  u32 last() const { return last_; }
+  u32 link(u32 u) const { return meta_[u].link; }
+  i32 end(u32 u) const { return meta_[u].end; }
+  u32 len(u32 u) const { return meta_[u].len; }
+  u32 find(u32 u, u32 s) const { return rows_[u].next[s & 15u]; }
+
+  Appended append(u32 c) {
+    const u32 cur = new_state(length_ + 1, static_cast<i32>(length_));
+    ++length_;
+    u32 p = last_, t;
+    last_ = cur;
+    for (; (t = rows_[p].next[c]) == 0; p = meta_[p].link) {
+      rows_[p].next[c] = static_cast<u16>(cur);
+      if (p == 0) return {cur, 0, 0};
+    }
+    const u32 plen = meta_[p].len + 1u;
+    if (meta_[t].len == plen) {
+      meta_[cur].link = static_cast<u16>(t);
+      return {cur, 0, 0};
+    }
+    const u32 clone = size_++;
+    rows_[clone] = rows_[t];
+    meta_[clone] = meta_[t];
+    meta_[clone].len = static_cast<u16>(plen);
+    meta_[t].link = meta_[cur].link = static_cast<u16>(clone);
+    for (; rows_[p].next[c] == t; p = meta_[p].link) {
+      rows_[p].next[c] = static_cast<u16>(clone);
+      if (p == 0) break;
+    }
+    return {cur, clone, t};
+  }
+
+  /// Four states at a time: the root is its own link, and its end is never read, so overshooting it
+  /// is harmless and costs less than mispredicting where the chain stops.
+  u32 propagate(u32 u, i32 position) {
+    const auto end = static_cast<i16>(position);
+    u32 steps = 0;
+    for (u32 v = meta_[u].link; v != 0; steps += 4)
+      for (int i = 0; i < 4; ++i) {
+        meta_[v].end = end;
+        v = meta_[v].link;
+      }
+    return steps;
+  }
+
+ private:
+  struct alignas(32) Row {
+    u16 next[16];
+  };
+  struct alignas(8) Meta {
+    u16 link, len;
+    i16 end;
+  };
+
+  u32 new_state(u32 length, i32 position) {
+    const u32 id = size_++;
+    rows_[id] = Row{};
+    meta_[id] = {0, static_cast<u16>(length), static_cast<i16>(position)};
+    return id;
+  }
+
+  Buffer<Row> rows_;
+  Buffer<Meta> meta_;
+  u32 size_ = 0, last_ = 0, length_ = 0;
+};
+
+}  // namespace rosakit
