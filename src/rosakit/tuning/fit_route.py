@@ -18,7 +18,7 @@ from rosakit.tuning.route_features import (
     FeatureReader,
     RouteFeatures,
     concatenate,
-    label_scores,
+    label_log_prob,
 )
 
 __all__ = ["RouteFit", "fit_features", "fit_token_route", "route_loss"]
@@ -146,7 +146,7 @@ def fit_features(
             order = torch.randperm(total, generator=generator)
         batch, order = order[:size], order[size:]
         optimizer.zero_grad()
-        log_prob, _ = label_scores(route, features.pick(batch.to(features.label.device)))
+        log_prob = label_log_prob(route, features.pick(batch.to(features.label.device)))
         (-log_prob.mean()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
@@ -160,6 +160,6 @@ def route_loss(route: TokenRoute, features: RouteFeatures, chunk: int = 65536) -
     """Mean negative log likelihood of all labels, nats."""
     total = 0.0
     for start in range(0, len(features), chunk):
-        log_prob, _ = label_scores(route, features.pick(slice(start, start + chunk)))
+        log_prob = label_log_prob(route, features.pick(slice(start, start + chunk)))
         total -= float(log_prob.double().sum())
     return total / len(features)

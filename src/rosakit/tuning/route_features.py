@@ -24,7 +24,14 @@ from rosakit.errors import InvalidInputError
 from rosakit.layers import TokenCandidates, TokenRoute
 from rosakit.tuning.attach import controller_of
 
-__all__ = ["FeatureReader", "RouteFeatures", "concatenate", "label_scores", "tapped"]
+__all__ = [
+    "FeatureReader",
+    "RouteFeatures",
+    "concatenate",
+    "label_log_prob",
+    "label_scores",
+    "tapped",
+]
 
 IGNORE = -100
 """Label of positions that are not predicted."""
@@ -168,42 +175,60 @@ def extract(call: Tapped, input_ids: Tensor, labels: Tensor) -> RouteFeatures:
     )
 
 
-def label_scores(route: TokenRoute, features: RouteFeatures) -> tuple[Tensor, Tensor]:
-    """Log probability of each label under the mixture, and whether it is the most probable token.
+class _Mixture(NamedTuple):
+    """The mixture at N positions: candidates, gates, and each label's log probability."""
 
-    The same numbers as the log probabilities of the whole model. Differentiable in the route's
-    parameters.
+    token: Tensor
+    log_p: Tensor
+    log_keep: Tensor
+    copied: Tensor
+    valid: Tensor
+    hit: Tensor
+    label_log_p: Tensor
+
+
+def label_log_prob(route: TokenRoute, features: RouteFeatures) -> Tensor:
+    """Log probability of each label under the mixture, float32 ``[N]``, nats.
+
+    The same numbers as those of the whole model. Differentiable in the route's parameters.
 
     Args:
         route: a token route, or a control (``retrieve=False``).
-        features: of N positions.
-
-    Returns:
-        float32 ``[N]`` in nats, bool ``[N]``.
+        features: of N positions, with as many candidates as the route has.
     """
+    return _mix(route, features).label_log_p
+
+
+@torch.no_grad()
+def label_scores(route: TokenRoute, features: RouteFeatures) -> tuple[Tensor, Tensor]:
+    """:func:`label_log_prob`, and whether each label is the most probable token, bool ``[N]``."""
+    mix = _mix(route, features)
+    same = (mix.token[:, :, None] == mix.token[:, None, :]) & mix.valid[:, None, :]
+    total = mix.copied[:, None, :].masked_fill(~same, -1e4).logsumexp(-1)
+    rival = torch.logaddexp(mix.log_p + mix.log_keep[:, None], total)
+    rival = torch.where(mix.valid & ~mix.hit, rival, -torch.inf).amax(-1)
+    # The model's own favourite, unless it is the label itself.
+    kept = features.top_log_p + mix.log_keep
+    is_top = features.label_log_p >= features.top_log_p
+    scored = mix.label_log_p
+    return scored, (scored >= rival) & (is_top | (scored >= kept))
+
+
+def _mix(route: TokenRoute, features: RouteFeatures) -> _Mixture:
     token, log_p = features.token, features.log_p
+    valid = features.length > 0
     if not route.retrieve:
         # The control's candidates: the own token in every place that holds one.
-        token = torch.where(features.length > 0, features.own[:, None], 0)
-        log_p = torch.where(features.length > 0, features.own_log_p[:, None], log_p)
+        token = torch.where(valid, features.own[:, None], 0)
+        log_p = torch.where(valid, features.own_log_p[:, None], log_p)
     found = TokenCandidates(token, features.length, features.distance)
     log_keep, log_copy = route.gate(features.hidden, log_p, found)
-    valid = features.length > 0
     # exp(-1e4) is exactly 0 and, unlike -inf, keeps every gradient finite.
     copied = torch.where(valid, log_copy, -1e4)
     hit = valid & (token == features.label[:, None])
     gain = copied.masked_fill(~hit, -1e4).logsumexp(-1)
     scored = torch.logaddexp(features.label_log_p + log_keep, gain)
-    with torch.no_grad():
-        same = (token[:, :, None] == token[:, None, :]) & valid[:, None, :]
-        total = copied[:, None, :].masked_fill(~same, -1e4).logsumexp(-1)
-        rival = torch.logaddexp(log_p + log_keep[:, None], total)
-        rival = torch.where(valid & ~hit, rival, -torch.inf).amax(-1)
-        # The model's own favourite, unless it is the label itself.
-        kept = features.top_log_p + log_keep
-        is_top = features.label_log_p >= features.top_log_p
-        greedy = (scored >= rival) & (is_top | (scored >= kept))
-    return scored, greedy
+    return _Mixture(token, log_p, log_keep, copied, valid, hit, scored)
 
 
 class FeatureReader:
