@@ -59,6 +59,7 @@ def test_tune_takes_file_and_flags(results):
     run = TuneConfig.from_dict(json.loads((results / "run/tune.json").read_text()))
     assert (run.steps, run.length, run.lr_token_route) == (4, 64, 0.05)
     assert run.rosa == RosaConfig(window=16, sink_tokens=2, adapters=False, token_route=True)
+    assert run.model == str(results / "model")
     assert run.data == DataConfig(sources=str(results / "texts"), heldout_share=0.2)
     control = TuneConfig.from_dict(json.loads((results / "control/tune.json").read_text()))
     assert control == dataclasses.replace(run, control=True, output=str(results / "control"))

@@ -128,22 +128,33 @@ def test_only_the_same_run_is_resumed(finished, tmp_path):
         run(finished.output)
 
 
-def test_no_space_for_a_checkpoint_loses_nothing(tmp_path, monkeypatch):
+# What torch.save and plain writes say on a full disk.
+FULL = [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+]
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_no_space_for_a_checkpoint_loses_nothing(tmp_path, monkeypatch, error):
     save = torch.save
-    written = []
 
     def full(what, path, *args, **kwargs):
-        written.append(path)
         if "checkpoint-8" in str(path):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            raise error
         return save(what, path, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match=r"No space left.*resume"):
+    with pytest.raises(CheckpointError, match=r"cannot save a checkpoint.*resume"):
         run(tmp_path / "run")
     monkeypatch.undo()
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
     assert len(run(tmp_path / "run", resume=True).losses) == 12
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    with pytest.raises(InvalidInputError, match=r"loss is nan at step [48]; lower the learning"):
+        run(tmp_path / "run", rosa=EVERYTHING, lr=1e30, max_grad_norm=0.0, warmup=0.0)
 
 
 def test_result_on_disk_is_the_trained_model(finished, tmp_path):
@@ -160,7 +171,7 @@ def test_result_on_disk_is_the_trained_model(finished, tmp_path):
     base = tmp_path / "base"
     model().save_pretrained(base)
     tokenizer().save_pretrained(base)
-    loaded, _, config = load_result(finished.output, model=str(base), device="cpu")
+    loaded, _, config = load_result(finished.output, base=str(base), device="cpu")
     assert config.lora_rank == 2
     ids = tokens(1, 50)
     with torch.no_grad():
@@ -169,7 +180,7 @@ def test_result_on_disk_is_the_trained_model(finished, tmp_path):
     half = shutil.copytree(finished.output, tmp_path / "half")
     next(half.glob("adapter-*")).unlink()
     with pytest.raises(CheckpointError, match="missing"):
-        load_result(half, model=str(base), device="cpu")
+        load_result(half, base=str(base), device="cpu")
     with pytest.raises(CheckpointError, match="no result of rosakit tune"):
         load_result(base)
 

@@ -89,7 +89,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Folder of the results; the run's folder by default.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Base model, if it has moved.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, if it has moved.")] = None,
     data: Annotated[
         list[str] | None, typer.Option(help="Texts to measure; the run's held-out ones by default.")
     ] = None,
@@ -116,7 +116,7 @@ def evaluate(
             run,
             control=control,
             full=full,
-            model=model,
+            base=base,
             sources=data or None,
             length=length,
             documents=documents,

@@ -33,7 +33,7 @@ def evaluate_runs(
     *,
     control: Path | None = None,
     full: Path | None = None,
-    model: str | None = None,
+    base: str | None = None,
     sources: Sequence[str] | None = None,
     length: int = 2048,
     documents: int = 8,
@@ -54,7 +54,7 @@ def evaluate_runs(
         run: output folder of a training run.
         control: the same run without retrieval.
         full: a run with full attention, trained alike.
-        model: base model to use instead of the one that the run names.
+        base: base model to use instead of the one that the run names.
         sources: texts to measure; None for what the run held out.
         length: tokens measured of each document.
         documents: documents measured; the longest ones, since positions far back are the point.
@@ -81,10 +81,10 @@ def evaluate_runs(
             "--control"
         )
     texts = _texts(config, sources)
-    options = {"model": model, "dtype": dtype, "device": device}
-    base, tokenizer = load_model(
-        config.model if model is None else model,
-        gguf_file=config.gguf_file if model is None else None,
+    options = {"base": base, "dtype": dtype, "device": device}
+    plain, tokenizer = load_model(
+        config.model if base is None else base,
+        gguf_file=config.gguf_file if base is None else None,
         dtype=config.dtype if dtype is None else dtype,
         device=config.device if device is None else device,
     )
@@ -117,7 +117,7 @@ def evaluate_runs(
 
     measured = {}
     for name, variant, trained, description in _variants(
-        base, config, window, {"rosa": run, "control": control, "full+trained": full}, options
+        plain, config, window, {"rosa": run, "control": control, "full+trained": full}, options
     ):
         measured[name] = measure(name, variant, trained, description)
     order = ("full", "full+trained", "window", "window+sinks", "control", "rosa")
@@ -128,7 +128,7 @@ def evaluate_runs(
         time.perf_counter() - began,
         {
             "run": os.fspath(run),
-            "model": config.model if model is None else model,
+            "model": config.model if base is None else base,
             "window": window,
             "sink_tokens": config.rosa.sink_tokens if config.rosa is not None else 0,
             "length": length,

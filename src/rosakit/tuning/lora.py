@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as dump_tensors
 from torch import nn
 
 from rosakit.errors import CheckpointError
@@ -49,7 +50,8 @@ def save_lora(model: nn.Module, folder: Path, *, rank: int, alpha: float | None)
     if not named:
         return
     tensors = {name: p.detach().cpu().contiguous() for name, p in named.items()}
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    # Written by Python, whose OSError says what is wrong with the disk.
+    (folder / _WEIGHTS).write_bytes(dump_tensors(tensors, metadata={"format": "pt"}))
     (folder / _SETTINGS).write_text(json.dumps({"rank": rank, "alpha": alpha}) + "\n")
 
 

@@ -38,10 +38,20 @@ def save_trained(model: Any, folder: Path, config: TuneConfig) -> None:
     if is_attached(model):
         save_adapter(model, folder)
     save_lora(model, folder, rank=config.lora_rank, alpha=config.lora_alpha)
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    values = config.to_dict()
+    # A result must find its base model and its texts from any working directory.
+    values["model"] = _absolute(values["model"])
+    for name in ("sources", "heldout"):
+        values["data"][name] = [_absolute(source) for source in values["data"][name]]
+    text = json.dumps(values, indent=2) + "\n"
     temporary = folder / f".{RUN_FILE}"
     temporary.write_text(text)
     os.replace(temporary, folder / RUN_FILE)
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name and path.exists() else name
 
 
 def load_trained(model: Any, folder: Path) -> None:
@@ -81,7 +91,7 @@ def read_run(folder: str | os.PathLike[str]) -> TuneConfig:
 def load_result(
     folder: str | os.PathLike[str],
     *,
-    model: str | None = None,
+    base: str | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> tuple[Any, Any, TuneConfig]:
@@ -89,7 +99,7 @@ def load_result(
 
     Args:
         folder: the output folder of a run, or one of its checkpoints.
-        model: base model to use instead of the one that the run names (moved, renamed).
+        base: base model to use instead of the one that the run names (moved, renamed).
         dtype, device: see :func:`rosakit.tuning.sources.load_model`; None for the run's own.
 
     Returns:
@@ -100,14 +110,21 @@ def load_result(
         InvalidInputError: the base model cannot be found.
     """
     config = read_run(folder)
-    base, tokenizer = load_model(
-        config.model if model is None else model,
-        gguf_file=config.gguf_file if model is None else None,
-        dtype=config.dtype if dtype is None else dtype,
-        device=config.device if device is None else device,
-    )
-    load_trained(base, Path(folder))
-    return base.eval(), tokenizer, config
+    try:
+        model, tokenizer = load_model(
+            config.model if base is None else base,
+            gguf_file=config.gguf_file if base is None else None,
+            dtype=config.dtype if dtype is None else dtype,
+            device=config.device if device is None else device,
+        )
+    except InvalidInputError as error:
+        if base is not None or Path(config.model).exists():
+            raise
+        raise InvalidInputError(
+            f"{error} ({folder} names it as its base model; say where it is now with base)"
+        ) from error
+    load_trained(model, Path(folder))
+    return model.eval(), tokenizer, config
 
 
 def load_any(
@@ -125,6 +142,6 @@ def load_any(
         dtype, device: see :func:`rosakit.tuning.sources.load_model`.
     """
     if (Path(name) / RUN_FILE).is_file() or (Path(name) / CONFIG_FILE).is_file():
-        model, tokenizer, _ = load_result(name, model=base, dtype=dtype, device=device)
+        model, tokenizer, _ = load_result(name, base=base, dtype=dtype, device=device)
         return model, tokenizer
     return load_model(name, dtype=dtype, device=device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from rosakit.errors import CheckpointError
+from rosakit.errors import CheckpointError, InvalidInputError
 from rosakit.tuning.attach import adapters_of, is_attached, rosa_parameters
 from rosakit.tuning.lora import lora_parameters
 from rosakit.tuning.loss import LossModel
@@ -146,6 +147,11 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.drain()
+            if not math.isfinite(logs["loss"]):
+                raise InvalidInputError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}; lower the "
+                    "learning rates, or use dtype float32, and start from an earlier checkpoint"
+                )
             logs |= self.accelerator.unwrap_model(self.model).health
         super().log(logs, start_time)
 
@@ -174,8 +180,8 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.drain()
         self._staging = True
+        root = Path(self.args.output_dir)
         try:
-            root = Path(self.args.output_dir)
             shutil.rmtree(root / _STAGING, ignore_errors=True)
             super()._save_checkpoint(model, trial)
             name = f"checkpoint-{self.state.global_step}"
@@ -188,13 +194,14 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
                 for _, old in _checkpoints(root)[: -self.config.keep_checkpoints]:
                     shutil.rmtree(old, ignore_errors=True)
         except (OSError, RuntimeError) as error:
-            # torch.save reports a full disk as a RuntimeError of its file writer.
-            if isinstance(error, RuntimeError) and "file write" not in str(error):
+            # torch.save reports a full disk as a RuntimeError of its container format.
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            shutil.rmtree(root / _STAGING, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or "the file system took no more data"
             raise CheckpointError(
-                f"cannot save a checkpoint to {self.args.output_dir}: {reason}. Free some space "
-                "or choose another output; earlier checkpoints are unchanged, go on with resume"
+                f"cannot save a checkpoint to {root}: {reason}. Free some space or choose another "
+                "output; earlier checkpoints are unchanged, go on with resume"
             ) from error
         finally:
             self._staging = False
