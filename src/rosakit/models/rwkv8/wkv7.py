@@ -50,8 +50,9 @@ def wkv7(
         log_w: ``[B, T, H, N]``, natural logarithm of the decay, at most 0.
         state: ``[B, H, N, N]`` (value, key) to start from; zeros if None.
         backend: "reference" (a loop over positions), "chunked", "fla"
-            (flash-linear-attention's kernel, CUDA only), or "auto": fla for CUDA tensors where it
-            is installed, the reference for a few positions, chunked otherwise.
+            (flash-linear-attention's kernel, CUDA only), or "auto": the reference for a few
+            positions, fla for CUDA tensors in half precision where it is installed (it advises
+            against float32), chunked otherwise.
 
     Returns:
         ``(y [B, T, H, N], state [B, H, N, N])``; the state is float32 where inputs are narrower.
@@ -68,10 +69,13 @@ def wkv7(
             f"wkv7 backend must be auto, reference, chunked or fla; got {backend!r}"
         )
     if backend == "auto":
-        if r.is_cuda and importlib.util.find_spec("fla") is not None:
+        half = r.dtype in (torch.bfloat16, torch.float16)
+        if r.shape[1] <= 4:
+            backend = "reference"
+        elif r.is_cuda and half and importlib.util.find_spec("fla") is not None:
             backend = "fla"
         else:
-            backend = "reference" if r.shape[1] <= 4 else "chunked"
+            backend = "chunked"
     work = torch.promote_types(r.dtype, torch.float32)
     if state is None:
         batch, _, heads, size = r.shape
