@@ -11,7 +11,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["available", "match", "supports", "unavailable_reason"]
+    from rosakit.cuda.credit import counterfactual_backward, pack, retrieve_forward
+
+__all__ = [
+    "available",
+    "counterfactual_backward",
+    "match",
+    "pack",
+    "retrieve_forward",
+    "supports",
+    "unavailable_reason",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("counterfactual_backward", "pack", "retrieve_forward"):
+        from rosakit.cuda import credit
+
+        return getattr(credit, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @functools.cache

@@ -16,10 +16,10 @@ from rosakit.cuda import compile
 from rosakit.errors import InvalidInputError, InvalidTypeError
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_UNMATCHED = {"zero": 0, "self": 1, "null": 2}
+UNMATCHED = {"zero": 0, "self": 1, "null": 2}
 _TILE_BYTES = 32 * 33 * 4
 _ACCUMULATOR_BYTES = 32 << 20  # of one chunk of routes: it should stay in the L2 cache
-_SLICE = 256  # positions a thread block of `credit` covers
+_SLICE = 32  # positions a thread block of `credit` covers: many blocks fill the GPU
 _KERNELS = ("retrieve", "credit", "finish", "pack")
 
 
@@ -70,7 +70,7 @@ def retrieve_forward(
             null = None if e_null is None else _aligned(e_null.to(e0.dtype))
             kept = [_aligned(v), position.contiguous(), _aligned(e0), _aligned(e1.to(e0.dtype))]
             arguments = [compile.pointer(tensor) for tensor in (*kept, null, y)]
-            arguments += [compile.unsigned(n) for n in (length, routes, _UNMATCHED[unmatched])]
+            arguments += [compile.unsigned(n) for n in (length, routes, UNMATCHED[unmatched])]
             grid = (_ceil(length, 32), _ceil(routes, 32), batch)
             kernel.launch(grid, 256, _TILE_BYTES, arguments)
     return y
@@ -135,7 +135,7 @@ def counterfactual_backward(
                 credit_from,
                 (dq, dk, dv, partials),
                 bits,
-                (_UNMATCHED[unmatched], int(soft_values), key_credit, temperature, deterministic),
+                (UNMATCHED[unmatched], int(soft_values), key_credit, temperature, deterministic),
             )
     de0, de1, de_null = partials.sum(0)
     return dq, dk, dv, de0.to(e0.dtype), de1.to(e1.dtype), de_null
@@ -171,7 +171,7 @@ def _credit_in_chunks(
     sums = torch.empty(
         shape, dtype=torch.int64 if deterministic else torch.float32, device=v.device
     )
-    scale = _fixed_point_scale(grad, e0, e1, bits) if deterministic else None
+    scale = fixed_point_scale(grad, e0, e1, bits) if deterministic else None
     inputs = (grad, q, v, e0, e1)
     key_from = 2 if credit_from is not None else 1 if key_credit == "successor" else 0
     for first in range(0, routes, chunk):
@@ -192,7 +192,7 @@ def _credit_in_chunks(
         kernels["finish"].launch((_ceil(length, 8), _ceil(here, 32), batch), 256, 0, arguments)
 
 
-def _fixed_point_scale(grad: Tensor, e0: Tensor, e1: Tensor, bits: int) -> Tensor:
+def fixed_point_scale(grad: Tensor, e0: Tensor, e1: Tensor, bits: int) -> Tensor:
     """A power of two that no sum overflows 63 bits with; on the device, without a sync."""
     length = grad.shape[1]
     largest = (grad.abs().amax((0, 1)).float() * (e1.float() - e0.float()).abs()).amax()

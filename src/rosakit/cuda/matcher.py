@@ -13,12 +13,12 @@ from rosakit.errors import InvalidInputError, InvalidTypeError
 
 _UNLIMITED = 0xFFFFFFFF
 _SUPERBLOCKS = 128  # as in rank.cuh
-_CONTROL_BYTES = 128
-MAX_POSITIONS = 1 << 22
-"""Longest stream: the alive bits and the bases have to fit into shared memory."""
+_CONTROL_BYTES = 384
+MAX_POSITIONS = 1 << 19
+"""Longest stream: its alive bits and the bases of its ranks have to fit into shared memory."""
 
 # Levels that every stream gets, and the most before the walk takes over (see docs/decisions).
-MIN_DEPTH = 4
+MIN_DEPTH = 3
 MAX_DEPTH = 32
 
 
@@ -58,7 +58,8 @@ def plan(length: int, flips: int, shared_limit: int) -> Plan:
     threads = 1024 if length > 8192 else 512 if length > 2048 else 256
     index_bytes = 2 if length <= 65536 else 4
     entries = 2 * _round(blocks * 64 * index_bytes)
-    chains = _round(length * (4 if index_bytes == 2 else 8))
+    narrow = index_bytes == 4 and length <= 131072
+    chains = _round(length * (4 if index_bytes == 2 or narrow else 8))
     symbols = _round((length + 1) // 2 + 16)
     ranks = blocks * 64
     fixed = _CONTROL_BYTES + 2 * _SUPERBLOCKS * 64 + _round((length // 32 + 2) * 4)
@@ -88,11 +89,12 @@ def plan(length: int, flips: int, shared_limit: int) -> Plan:
             if places[name] == value - 1 and shared + size <= room:
                 places[name] = value
                 shared += size
-    scratch = 0
+    scratch = _round(length * 4) if narrow else 0  # the ends of ranges too large for 15 bits
     for name, size in (("ENTRIES_SHARED", entries), ("CHAINS_SHARED", chains)):
         scratch += 0 if places[name] else size
     for name, size in (("RANK_SHARED", ranks), ("K_SHARED", symbols), ("Q_SHARED", symbols)):
         scratch += (0 if places[name] else size) + (0 if places[name] == 2 else 2 * size)
+    places["NARROW_CHAINS"] = int(narrow)
     # A multiprocessor of 228 KiB also keeps 1 KiB a block for itself.
     resident = max(1, min(1024 // threads, (shared_limit + 1024) // (shared + 1024)))
     return Plan(

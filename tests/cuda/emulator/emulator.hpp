@@ -6,6 +6,7 @@
 #pragma once
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -75,16 +76,16 @@ inline const unsigned* collect(unsigned value) {
   return w.result[mine & 1];
 }
 
-inline void launch(unsigned grid, unsigned block, std::size_t shared_bytes,
+inline void launch(dim3 grid, unsigned block, std::size_t shared_bytes,
                    std::function<void()> kernel) {
   std::vector<unsigned char> memory(shared_bytes + 64, 0xa5);
   shared = reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(memory.data()) + 63) &
                                             ~std::uintptr_t(63));
   body = std::move(kernel);
-  grid_size = {grid, 1, 1};
+  grid_size = grid;
   block_size = {block, 1, 1};
-  for (unsigned b = 0; b < grid; ++b) {
-    block_index = {b, 0, 0};
+  for (unsigned b = 0; b < grid.x * grid.y * grid.z; ++b) {
+    block_index = {b % grid.x, b / grid.x % grid.y, b / (grid.x * grid.y)};
     fibers.assign(block, {});
     warps.assign(block / 32, {});
     barrier_arrived = 0;
@@ -161,9 +162,26 @@ inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned by) {
   return (unsigned)(((unsigned long long)high << 32 | low) >> (by & 31));
 }
+inline float __uint_as_float(unsigned x) {
+  float y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+inline unsigned __float_as_uint(float x) {
+  unsigned y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+inline float __expf(float x) { return std::exp(x); }
+inline long long __float2ll_rn(float x) { return std::llrint(x); }
 template <typename T> T atomicAdd(T* at, T by) {
   const T old = *at;
   *at += by;
+  return old;
+}
+template <typename T> T atomicMax(T* at, T value) {
+  const T old = *at;
+  if (value > old) *at = value;
   return old;
 }
 template <typename T> T min(T a, T b) { return a < b ? a : b; }

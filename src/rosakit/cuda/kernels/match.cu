@@ -16,8 +16,8 @@
 // they do not.
 //
 // Compile-time: CF (flipped bits, 0..8), THREADS, MIN_BLOCKS, INDEX_BYTES (2 up to 65536 positions,
-// else 4), and what lives in shared memory: ENTRIES_SHARED, CHAINS_SHARED (0, 1), RANK_SHARED,
-// K_SHARED, Q_SHARED (0, 1: for 4-bit symbols only, 2: for 8-bit symbols too).
+// else 4), NARROW_CHAINS (1: 4-byte entries, up to 131072 positions), and what lives in shared
+// memory: ENTRIES_SHARED, CHAINS_SHARED (0, 1), RANK_SHARED, K_SHARED, Q_SHARED (0, 1: for 4-bit symbols only, 2: for 8-bit symbols too).
 
 #if INDEX_BYTES == 2
 typedef u16 Index;
@@ -25,25 +25,86 @@ typedef u16 Index;
 typedef u32 Index;
 #endif
 
+// Loads in flight at a time: more where entries and chains are in global memory.
+constexpr int BATCH = ENTRIES_SHARED ? 2 : 4;
+
 struct Chain { u32 a, b; };
-#if INDEX_BYTES == 2
-typedef u32 PackedChain;   // the last entry, not the end: 65536 entries fit
-__device__ __forceinline__ PackedChain pack(u32 a, u32 b) { return a | (b - 1) << 16; }
-__device__ __forceinline__ Chain unpack(PackedChain s) { return {s & 0xffffu, (s >> 16) + 1}; }
-constexpr PackedChain DEAD = 1;
+#ifndef LARGE_RANGE
+#define LARGE_RANGE 0x7fff  // 15 bits
+#endif
+#ifndef WARP_SEARCH
+#define WARP_SEARCH 512  // entries that one warp searches; more, and the whole block does
+#endif
+
+#if INDEX_BYTES == 2 || NARROW_CHAINS
+typedef u32 PackedChain;
+constexpr PackedChain DEAD = INDEX_BYTES == 2 ? 1u : 0xffffffffu;
 #else
 typedef uint2 PackedChain;
-__device__ __forceinline__ PackedChain pack(u32 a, u32 b) { return make_uint2(a, b); }
-__device__ __forceinline__ Chain unpack(PackedChain s) { return {s.x, s.y}; }
-#define DEAD make_uint2(0, 0)
+#define DEAD make_uint2(1, 0)
 #endif
+
+// The chains of a block: the first and the last entry of each range, so that 65536 entries fit 16
+// bits. Up to 131072 entries 32 bits do as well: 17 for the first, 15 for the size; the last entry
+// of a larger range is kept apart. Chains in global memory are streamed past the cache.
+struct Chains {
+  PackedChain* packed;
+  u32* large;              // last entries of large ranges, only with NARROW_CHAINS
+  static constexpr u32 LARGE = LARGE_RANGE;
+
+  __device__ __forceinline__ PackedChain fetch(u32 c) const {
+#if CHAINS_SHARED || defined(ROSAKIT_EMULATE)
+    return packed[c];
+#else
+    return __ldcs(packed + c);
+#endif
+  }
+  __device__ __forceinline__ void keep(u32 c, PackedChain s) const {
+#if CHAINS_SHARED || defined(ROSAKIT_EMULATE)
+    packed[c] = s;
+#else
+    __stcs(packed + c, s);
+#endif
+  }
+  __device__ __forceinline__ void put(u32 c, Chain s) const {
+#if INDEX_BYTES == 2
+    keep(c, s.a | (s.b - 1) << 16);
+#elif NARROW_CHAINS
+    const u32 more = s.b - 1 - s.a;
+    if (more >= LARGE) large[c] = s.b - 1;
+    keep(c, s.a | (more < LARGE ? more + 1 : 0) << 17);  // size 0: kept apart
+#else
+    keep(c, make_uint2(s.a, s.b - 1));
+#endif
+  }
+  __device__ __forceinline__ void kill(u32 c) const { keep(c, DEAD); }
+  __device__ __forceinline__ Chain open(u32 c, PackedChain s) const {
+#if INDEX_BYTES == 2
+    return {s & 0xffffu, (s >> 16) + 1};
+#elif NARROW_CHAINS
+    if (s == DEAD) return {0, 0};
+    const u32 first = s & 0x1ffffu, size = s >> 17;
+    return {first, size ? first + size : large[c] + 1};
+#else
+    return {s.x, s.y + 1};
+#endif
+  }
+  __device__ __forceinline__ Chain get(u32 c) const { return open(c, fetch(c)); }
+};
+
+constexpr u32 NONE = 0xffffffffu;
 
 struct Control {          // in shared memory, one a block
   u32 totals[16];
   u32 alive;              // chains alive after the level
   u32 drop;               // sum over chains of log2 of how much their range shrank
   u32 high_digit;         // whether any symbol of the route needs a second digit
-  u32 next_word;          // work counter of the walk
+  u32 next;               // work counter of the walk
+  u32 pending;            // runs that wait for a search by the whole block
+  u32 pending_after;
+  unsigned long long best;            // of that search: length << 32 | entry
+  u32 edge_end[32];       // per warp: the range end of its first chain, 0 if it was dead,
+  u32 edge_left[32];      // and whether its last chain went on
 };
 
 // One route's problem, in the order the kernel uses it.
@@ -124,26 +185,30 @@ struct Matcher {
   Level<SB> level;
   Index* entries;
   Index* spare;
-  PackedChain* chains;
+  Chains chains;
   u32* alive_words;        // [T / 32 + 1], chains alive when the levels stopped
   Control* control;
   u32 blocks;
 
-  // Level d to d + 1: entries, rank structures.
-  __device__ void advance() {
+  // Level d to d + 1: entries, rank structures. Level 0, the positions themselves, is not stored.
+  __device__ void advance(u32 d) {
     const u32 T = route.T;
     const Symbols<SB> keys = k;
+    const Index* from = entries;
+    auto load = [from, d, T](u32 p) { return d ? (u32)from[p] : min(p, T); };
     auto on = [T](Index e) { return e < T ? (u32)e + 1u : T; };
+    auto low_digit = [keys](Index e) { return keys.digit(e, 0); };
+    Index* other = spare;
     if (SB == 4) {
-      partition<Index>(level.rank0, blocks, entries, spare, control->totals,
-                       [keys](Index e) { return keys.digit(e, 0); }, on);
-      Index* t = entries; entries = spare; spare = t;
+      partition<BATCH, Index>(level.rank0, blocks, other, control->totals, load, low_digit, on);
+      spare = entries;
+      entries = other;
     } else {
-      partition<Index>(level.rank0, blocks, entries, spare, control->totals,
-                       [keys](Index e) { return keys.digit(e, 0); },
-                       [](Index e) { return (u32)e; });
-      partition<Index>(level.rank1, blocks, spare, entries, control->totals,
-                       [keys](Index e) { return keys.digit(e, 1); }, on);
+      auto load_spare = [other](u32 p) { return (u32)other[p]; };
+      partition<BATCH, Index>(level.rank0, blocks, other, control->totals, load, low_digit,
+                              [](Index e) { return (u32)e; });
+      partition<BATCH, Index>(level.rank1, blocks, entries, control->totals, load_spare,
+                              [keys](Index e) { return keys.digit(e, 1); }, on);
     }
   }
 
@@ -165,53 +230,103 @@ struct Matcher {
     }
   }
 
-  // One symbol of every chain; `entries` are already those of depth d + 1.
-  __device__ void step_chains(u32 d) {
+  __device__ __forceinline__ void write(u32 i, u32 successor, u32 size) const {
+    const bool keep = size >= route.min_length;
+    route.position[i] = keep ? (int)successor : -1;
+    route.length[i] = keep ? (int)size : 0;
+  }
+
+  // One symbol of every chain; `entries` are already those of depth d + 1, `before` those of d.
+  // A chain alive at depth d is the longest match of its last position where the chain to its left,
+  // which would make it d + 1 long, does not go on: then the result is written, once. (With two
+  // digits the entries before are gone, and every level writes over the shallower one's result.)
+  __device__ void step_chains(u32 d, const Index* before) {
+    constexpr bool EAGER = SB == 8;
     u32 alive = 0, drop = 0;
-    const u32 T = route.T;
+    const u32 T = route.T, lane = lane_id(), warp = warp_id();
     const bool keep = d + 1 >= route.min_length;
-    for (u32 c = threadIdx.x; c < T; c += blockDim.x) {
-      const u32 t = c + d;
-      Chain s = d == 0 ? initial(c) : unpack(chains[c]);
-      const bool was = s.b > s.a;
-      if (was && same_segment(route, c, t)) {
-        const u32 x = q.at(t);
-        const u32 before = s.b - s.a;
-        u32 a[1 + CF], b[1 + CF];
-        if (CF) {
-          level.step_all(s, x, a, b);
-        } else {
-          const Chain n = level.step(s, x);
-          a[0] = n.a, b[0] = n.b;
-        }
-        const bool now = b[0] > a[0];
-        if (now) {
-          ++alive;
-          if (keep) {
-            route.position[t] = (int)entries[b[0] - 1];
-            route.length[t] = (int)(d + 1);
+    const u32 share = ((T + 31) / 32 + warp_count() - 1) / warp_count() * 32;
+    const u32 begin = warp * share, end = min(T, begin + share);
+    u32 left = 0;
+    if (lane == 0) control->edge_end[warp] = 0;
+    for (u32 group = begin; group < end; group += 32 * BATCH) {
+      PackedChain packed[BATCH];
+      u32 symbol[BATCH];
+#pragma unroll
+      for (u32 j = 0; j < BATCH; ++j) {
+        const u32 c = group + j * 32 + lane;
+        packed[j] = DEAD;
+        if (d && c < end) packed[j] = chains.fetch(c);
+        symbol[j] = c < end && c + d < T ? q.at(c + d) : 0;
+      }
+#pragma unroll
+      for (u32 j = 0; j < BATCH; ++j) {
+        const u32 c0 = group + j * 32, c = c0 + lane, t = c + d;
+        if (c0 >= end) break;
+        const Chain s = d == 0 ? initial(c) : chains.open(c, packed[j]);
+        const bool was = c < end && s.b > s.a;
+        bool now = false;
+        if (was && same_segment(route, c, t)) {
+          u32 a[1 + CF], b[1 + CF];
+          if (CF) {
+            level.step_all(s, symbol[j], a, b);
+          } else {
+            const Chain n = level.step(s, symbol[j]);
+            a[0] = n.a, b[0] = n.b;
           }
-        }
-        if (d == 0 && !(now && keep)) route.position[t] = -1, route.length[t] = 0;
-        write_flips(t, a, b, d == 0, keep);
-        drop += 32 - __clz(before) - (now ? 32 - __clz(b[0] - a[0]) : 0);
-        chains[c] = now ? pack(a[0], b[0]) : DEAD;
-      } else if (d == 0 || was) {
-        chains[c] = DEAD;
-        if (d == 0) {
-          route.position[c] = -1, route.length[c] = 0;
+          now = b[0] > a[0];
+          drop += 32 - __clz(s.b - s.a);
+          if (now) {
+            ++alive;
+            drop -= 32 - __clz(b[0] - a[0]);
+            chains.put(c, {a[0], b[0]});
+            if (EAGER && keep) {
+              route.position[t] = (int)entries[b[0] - 1];
+              route.length[t] = (int)(d + 1);
+            }
+          }
+          write_flips(t, a, b, d == 0, keep);
+        } else if (d == 0 && c < end) {
 #pragma unroll
           for (int m = 0; m < CF; ++m) route.flipped[(size_t)c * CF + m] = -1;
         }
+        if (c < end && !now) {
+          if (was || d == 0) chains.kill(c);
+          if (d == 0) route.position[c] = -1, route.length[c] = 0;
+        }
+        const u32 word = __ballot_sync(FULL, now);
+        if (!EAGER && d) {
+          const bool edge = c0 == begin && lane == 0 && c > 0;
+          if (edge) {
+            control->edge_end[warp] = was ? s.b : 0;
+          } else if (was && !((word << 1 | left) >> lane & 1)) {
+            write(t - 1, before[s.b - 1], d);
+          }
+          left = word >> 31;
+        }
       }
     }
+    if (lane == 0) control->edge_left[warp] = left;
     for (int step = 16; step; step /= 2) {
       alive += __shfl_xor_sync(FULL, alive, step);
       drop += __shfl_xor_sync(FULL, drop, step);
     }
-    if (lane_id() == 0) {
+    if (lane == 0) {
       atomicAdd(&control->alive, alive);
       atomicAdd(&control->drop, drop);
+    }
+    __syncthreads();
+    if (!EAGER && d && threadIdx.x < warp_count()) {
+      const u32 w = threadIdx.x, of = control->edge_end[w];
+      if (of && !control->edge_left[w - 1]) write(w * share + d - 1, before[of - 1], d);
+    }
+  }
+
+  // Every chain alive at the last level is as long as max_length allows.
+  __device__ void write_capped(u32 depth) const {
+    for (u32 c = threadIdx.x; c < route.T; c += blockDim.x) {
+      const Chain s = chains.get(c);
+      if (s.b > s.a) write(c + depth - 1, entries[s.b - 1], depth);
     }
   }
 
@@ -250,68 +365,147 @@ struct Matcher {
     return (alive_words[c >> 5] >> (c & 31)) & 1;
   }
 
-  // Results of one maximal run of long positions, whose first chain is c, at depth `depth`.
-  __device__ void walk(u32 c, u32 depth) const {
+  // The whole block's search, as `search` with back 0; the result is in control->best.
+  __device__ void search_together(u32 lo, u32 hi, u32 q_end, u32 known, u32 bound,
+                                  u32 first) const {
+    typedef unsigned long long u64;
+    constexpr u32 W = Symbols<SB>::PER_WORD;
+    volatile u64* shared_best = &control->best;
+    for (u32 back = 1 + threadIdx.x; back <= hi - lo; back += blockDim.x) {
+      const u32 entry = entries[hi - back];
+      const u64 best = *shared_best;
+      if (((u64)bound << 32 | entry) < best) break;  // those behind are older still
+      const u32 limit = min(bound, entry - first);
+      if (((u64)limit << 32 | entry) < best) continue;
+      const u32 size = (u32)(best >> 32);
+      if (size >= known + W && q.window(q_end - (size - W)) != k.window(entry - (size - W))) {
+        continue;
+      }
+      const u64 found = (u64)common_suffix(q, q_end, k, entry, known, limit) << 32 | entry;
+      if (found > best) atomicMax(&control->best, found);
+    }
+    __syncthreads();
+  }
+
+  // Walks on from position i, whose longest match has successor p and length l: results of the rest
+  // of its maximal run of long positions. Returns the position before one whose range is too large
+  // for a warp to search, or NONE at the end of the run.
+  __device__ u32 walk(u32 i, u32 p, u32 l, u32 depth) const {
+    constexpr u32 AHEAD = Q_SHARED ? 4 : 8;  // words of 32 symbols compared at a time
     const u32 lane = lane_id();
-    const u32 first = route.segment ? (u32)route.segment[c] : 0;
-    u32 i = c + depth - 1;
-    u32 p = entries[unpack(chains[c]).b - 1], l = depth;
     while (true) {
+      u32 n = 0;
       if (l < route.max_length) {
-        const u32 o = i + 1 + lane;
-        const bool equal = l + lane < route.max_length && same_segment(route, i, o) &&
-                           q.at(o) == k.at(p + lane);
-        const u32 differ = ~__ballot_sync(FULL, equal);
-        const u32 n = differ ? __ffs(differ) - 1 : 32;
-        if (lane < n && l + 1 + lane >= route.min_length) {
-          route.position[o] = (int)(p + 1 + lane);
-          route.length[o] = (int)(l + 1 + lane);
+        u32 differ[AHEAD];
+#pragma unroll
+        for (u32 w = 0; w < AHEAD; ++w) {
+          const u32 o = i + 1 + w * 32 + lane;
+          differ[w] = !(l + w * 32 + lane < route.max_length && same_segment(route, i, o) &&
+                        q.at(o) == k.at(p + w * 32 + lane));
+        }
+#pragma unroll
+        for (u32 w = 0; w < AHEAD; ++w) {
+          const u32 word = __ballot_sync(FULL, differ[w]);
+          if (n == w * 32) n += word ? __ffs(word) - 1 : 32;
+        }
+#pragma unroll
+        for (u32 w = 0; w < AHEAD; ++w) {
+          const u32 by = w * 32 + lane;
+          if (by < n) {
+            route.position[i + 1 + by] = (int)(p + 1 + by);
+            route.length[i + 1 + by] = (int)(l + 1 + by);
+          }
         }
         i += n, p += n, l += n;
-        if (n == 32) continue;
+        if (n == AHEAD * 32) continue;
       }
       const u32 t = i + 1, at = t + 1 - depth;
-      if (!same_segment(route, i, t) || !is_alive(at)) return;
-      const Chain s = unpack(chains[at]);
+      if (!same_segment(route, i, t) || !is_alive(at)) return NONE;
+      const Chain s = chains.get(at);
+      if (s.b - s.a > WARP_SEARCH) return i;
+      const u32 first = route.segment ? (u32)route.segment[i] : 0;
       u32 best, entry;
-      // An older match of the same length may go on where the latest one ends: hence l + 1.
-      const u32 bound = l < route.max_length ? l + 1 : l;
-      search(s.a, s.b, 0, t + 1, depth, bound, first, best, entry);
+      search(s.a, s.b, 0, t + 1, depth, longer(l), first, best, entry);
       i = t, p = entry, l = best;
-      if (lane == 0 && l >= route.min_length) {
-        route.position[i] = (int)p;
-        route.length[i] = (int)l;
-      }
+      if (lane == 0) route.position[i] = (int)p, route.length[i] = (int)l;
     }
   }
 
+  // An older match of the same length may go on where the latest one ends: one more than l.
+  __device__ __forceinline__ u32 longer(u32 l) const { return l < route.max_length ? l + 1 : l; }
+
   __device__ void walk_all(u32 depth) {
-    const u32 words = (route.T + 31) / 32;
+    const u32 lane = lane_id(), words = (route.T + 31) / 32;
+    Index* pending = spare;  // positions before a search for the whole block
     for (u32 w = warp_id(); w < words; w += warp_count()) {
-      const u32 c = w * 32 + lane_id();
-      const Chain s = c < route.T ? unpack(chains[c]) : Chain{0, 0};
+      const u32 c = w * 32 + lane;
+      const Chain s = c < route.T ? chains.get(c) : Chain{0, 0};
       const u32 word = __ballot_sync(FULL, s.b > s.a);
-      if (lane_id() == 0) alive_words[w] = word;
+      if (lane == 0) alive_words[w] = word;
     }
-    if (threadIdx.x == 0) control->next_word = 0, alive_words[words] = 0;
+    if (threadIdx.x == 0) control->next = control->pending = 0, alive_words[words] = 0;
     __syncthreads();
     while (true) {
-      u32 w = lane_id() == 0 ? atomicAdd(&control->next_word, 1u) : 0;
-      w = __shfl_sync(FULL, w, 0);
+      const u32 w = take();
       if (w >= words) break;
       const u32 word = alive_words[w];
       u32 starts = word & ~(word << 1 | (w ? alive_words[w - 1] >> 31 : 0));
       while (starts) {
-        walk(w * 32 + __ffs(starts) - 1, depth);
+        const u32 c = w * 32 + __ffs(starts) - 1, i = c + depth - 1;
+        const u32 p = entries[chains.get(c).b - 1];
+        if (lane == 0) route.position[i] = (int)p, route.length[i] = (int)depth;
+        postpone(walk(i, p, depth, depth), pending);
         starts &= starts - 1;
       }
     }
     __syncthreads();
+    while (control->pending) {
+      const u32 count = control->pending;
+      for (u32 at = 0; at < count; ++at) {
+        const u32 i = pending[at], t = i + 1;
+        const Chain s = chains.get(t + 1 - depth);
+        const u32 first = route.segment ? (u32)route.segment[i] : 0;
+        if (threadIdx.x == 0) control->best = 0;
+        __syncthreads();
+        search_together(s.a, s.b, t + 1, depth, longer((u32)route.length[i]), first);
+        if (threadIdx.x == 0) {
+          route.position[t] = (int)(u32)control->best;
+          route.length[t] = (int)(control->best >> 32);
+        }
+        __syncthreads();
+      }
+      if (threadIdx.x == 0) control->next = control->pending = 0;
+      __syncthreads();
+      // Each warp takes at most as many runs as are left, so a place that it writes was read.
+      for (u32 at = warp_id(); at < (count + warp_count() - 1) / warp_count() * warp_count();
+           at += warp_count()) {
+        const u32 i = at < count ? pending[at] + 1 : NONE;
+        __syncthreads();
+        if (i != NONE) {
+          postpone(walk(i, (u32)route.position[i], (u32)route.length[i], depth), pending);
+        }
+      }
+      __syncthreads();
+    }
+    if (route.min_length > depth) {  // what the walk needed and the caller does not want
+      for (u32 t = threadIdx.x; t < route.T; t += blockDim.x) {
+        if ((u32)route.length[t] < route.min_length) route.position[t] = -1, route.length[t] = 0;
+      }
+      __syncthreads();
+    }
+  }
+
+  __device__ __forceinline__ u32 take() const {
+    const u32 mine = lane_id() == 0 ? atomicAdd(&control->next, 1u) : 0;
+    return __shfl_sync(FULL, mine, 0);
+  }
+  __device__ __forceinline__ void postpone(u32 i, Index* pending) const {
+    if (i != NONE && lane_id() == 0) pending[atomicAdd(&control->pending, 1u)] = (Index)i;
   }
 
   // Counterfactual positions deeper than the levels: the flipped symbol after a long match.
   __device__ void long_flips(u32 depth) {
-    advance();
+    advance(depth);
     const u32 T = route.T;
     for (u32 base = warp_id() * 32; base < T; base += warp_count() * 32) {
       if (alive_words[base >> 5] == 0) continue;
@@ -319,7 +513,7 @@ struct Matcher {
       u32 a[1 + CF] = {}, b[1 + CF] = {};
       const bool on = c < T && is_alive(c) && same_segment(route, c, t);
       if (on) {
-        level.step_all(unpack(chains[c]), q.at(t), a, b);
+        level.step_all(chains.get(c), q.at(t), a, b);
       }
       const u32 first = on && route.segment ? (u32)route.segment[c] : 0;
       u32 bound = 0;
@@ -353,19 +547,22 @@ struct Matcher {
 
   __device__ void run(u32 min_depth, u32 max_depth) {
     const u32 T = route.T;
-    for (u32 p = threadIdx.x; p < blocks * 64; p += blockDim.x) entries[p] = (Index)min(p, T);
-    __syncthreads();
     u32 depth = 0, alive, drop;
     do {
       if (threadIdx.x == 0) control->alive = 0, control->drop = 0;
-      advance();
-      step_chains(depth);
+      const Index* before = entries;
+      advance(depth);
+      step_chains(depth, before);
       __syncthreads();
       alive = control->alive;
       drop = control->drop;
       ++depth;
       __syncthreads();
-      if (alive == 0 || depth >= route.max_length) return;
+      if (alive == 0) return;
+      if (depth >= route.max_length) {
+        if (SB == 4) write_capped(depth);
+        return;
+      }
     } while (depth < min_depth || (depth < max_depth && drop * 4 > T));
     walk_all(depth);
     if (CF) long_flips(depth);
@@ -394,7 +591,7 @@ struct Workspace {
   u32* alive_words;
   Index* entries;
   Index* spare;
-  PackedChain* chains;
+  Chains chains;
   u8* q_words[2];         // for 4-bit and for 8-bit symbols, and so below
   u8* k_words[2];
   u8* ranks[2];
@@ -406,7 +603,9 @@ struct Workspace {
     alive_words = (u32*)carve(shared, (T / 32 + 2) * 4);
     entries = (Index*)carve(ENTRIES_SHARED ? shared : global, entry_bytes);
     spare = (Index*)carve(ENTRIES_SHARED ? shared : global, entry_bytes);
-    chains = (PackedChain*)carve(CHAINS_SHARED ? shared : global, (size_t)T * sizeof(PackedChain));
+    const size_t chain_bytes = (size_t)T * sizeof(PackedChain);
+    chains.packed = (PackedChain*)carve(CHAINS_SHARED ? shared : global, chain_bytes);
+    chains.large = NARROW_CHAINS ? (u32*)carve(global, (size_t)T * 4) : nullptr;
     // Two places each: one for 4-bit symbols, one twice the size for 8-bit symbols.
     two_places(q_words, Q_SHARED, shared, global, ((size_t)T + 1) / 2 + 16);
     two_places(k_words, K_SHARED, shared, global, ((size_t)T + 1) / 2 + 16);

@@ -75,6 +75,11 @@ __device__ __forceinline__ u32 plane_mask(const uint4& w, u32 x) {
          (w.z ^ (((x >> 2) & 1u) - 1u)) & (w.w ^ (((x >> 3) & 1u) - 1u));
 }
 
+__device__ __forceinline__ u32 digit_at(const uint4& w, u32 bit) {
+  return ((w.x >> bit) & 1) | ((w.y >> bit) & 1) << 1 | ((w.z >> bit) & 1) << 2 |
+         ((w.w >> bit) & 1) << 3;
+}
+
 // Bits of the words' half that lie before p (THROUGH: up to and with p).
 template <bool THROUGH>
 __device__ __forceinline__ u32 before(u32 p) {
@@ -99,36 +104,47 @@ __device__ __forceinline__ u32 rank(const Rank& r, u32 p, u32 x) {
 // Bytes that a rank structure over `blocks` blocks takes without its bases.
 __host__ __device__ inline size_t rank_bytes(size_t blocks) { return blocks * 64; }
 
-// `digit_of(entry)` in 0..15 and `next(entry)` define the partition source -> target.
+// `load(p)` is entry p, `digit_of(entry)` in 0..15 its digit, `next(entry)` what it becomes in
+// `target`. BATCH blocks of 64 are loaded together: more where the entries are far away.
 // `totals` is scratch of [16]. All threads of the block take part.
-template <typename Index, typename DigitOf, typename Next>
-__device__ void partition(const Rank& r, u32 blocks, const Index* source, Index* target,
-                          u32* totals, DigitOf digit_of, Next next) {
+template <int BATCH, typename Index, typename Load, typename DigitOf, typename Next>
+__device__ void partition(const Rank& r, u32 blocks, Index* target, u32* totals, Load load,
+                          DigitOf digit_of, Next next) {
   const u32 lane = lane_id();
   const u32 supers = ((blocks - 1) >> r.super_shift) + 1;
   for (u32 super = warp_id(); super < supers; super += warp_count()) {
     const u32 begin = super << r.super_shift;
     const u32 end = min(blocks, (super + 1) << r.super_shift);
     u32 running = 0;
-    for (u32 block = begin; block < end; ++block) {
-      const u32 d0 = digit_of(source[block * 64 + lane]);
-      const u32 d1 = digit_of(source[block * 64 + 32 + lane]);
-      uint4 low, high;
-      low.x = __ballot_sync(FULL, d0 & 1);
-      low.y = __ballot_sync(FULL, d0 & 2);
-      low.z = __ballot_sync(FULL, d0 & 4);
-      low.w = __ballot_sync(FULL, d0 & 8);
-      high.x = __ballot_sync(FULL, d1 & 1);
-      high.y = __ballot_sync(FULL, d1 & 2);
-      high.z = __ballot_sync(FULL, d1 & 4);
-      high.w = __ballot_sync(FULL, d1 & 8);
-      const u32 own = __popc(plane_mask(lane < 16 ? low : high, lane & 15));
-      const u32 other = __shfl_xor_sync(FULL, own, 16);
-      if (lane < 16) {
-        r.counts[block * 16 + lane] = (u16)(running + own);
-        if (lane < 2) r.planes[block * 2 + lane] = lane ? high : low;
+    for (u32 first = begin; first < end; first += BATCH) {
+      u32 digits[2 * BATCH];
+#pragma unroll
+      for (u32 h = 0; h < 2 * BATCH; ++h) {
+        digits[h] = first + h / 2 < end ? load(first * 64 + h * 32 + lane) : 0;
       }
-      running += own + other;
+#pragma unroll
+      for (u32 h = 0; h < 2 * BATCH; ++h) digits[h] = digit_of((Index)digits[h]);
+#pragma unroll
+      for (u32 j = 0; j < BATCH; ++j) {
+        const u32 block = first + j, d0 = digits[2 * j], d1 = digits[2 * j + 1];
+        if (block >= end) break;
+        uint4 low, high;
+        low.x = __ballot_sync(FULL, d0 & 1);
+        low.y = __ballot_sync(FULL, d0 & 2);
+        low.z = __ballot_sync(FULL, d0 & 4);
+        low.w = __ballot_sync(FULL, d0 & 8);
+        high.x = __ballot_sync(FULL, d1 & 1);
+        high.y = __ballot_sync(FULL, d1 & 2);
+        high.z = __ballot_sync(FULL, d1 & 4);
+        high.w = __ballot_sync(FULL, d1 & 8);
+        const u32 own = __popc(plane_mask(lane < 16 ? low : high, lane & 15));
+        const u32 other = __shfl_xor_sync(FULL, own, 16);
+        if (lane < 16) {
+          r.counts[block * 16 + lane] = (u16)(running + own);
+          if (lane < 2) r.planes[block * 2 + lane] = lane ? high : low;
+        }
+        running += own + other;
+      }
     }
     if (lane < 16) r.bases[super * 16 + lane] = running;
   }
@@ -155,15 +171,23 @@ __device__ void partition(const Rank& r, u32 blocks, const Index* source, Index*
     r.bases[i] += smaller;
   }
   __syncthreads();
-  for (u32 block = warp_id(); block < blocks; block += warp_count()) {
+  for (u32 first = warp_id(); first < blocks; first += BATCH * warp_count()) {
+    u32 entry[2 * BATCH];
 #pragma unroll
-    for (u32 half = 0; half < 2; ++half) {
-      const Index entry = source[block * 64 + half * 32 + lane];
-      const uint4 w = r.planes[block * 2 + half];
-      const u32 x = ((w.x >> lane) & 1) | ((w.y >> lane) & 1) << 1 | ((w.z >> lane) & 1) << 2 |
-                    ((w.w >> lane) & 1) << 3;
-      target[r.base(block, x) + from_middle(half * 32, plane_mask(w, x), below(lane))] =
-          (Index)next(entry);
+    for (u32 h = 0; h < 2 * BATCH; ++h) {
+      const u32 block = first + h / 2 * warp_count();
+      entry[h] = block < blocks ? load(block * 64 + h % 2 * 32 + lane) : 0;
+    }
+#pragma unroll
+    for (u32 j = 0; j < BATCH; ++j) {
+      const u32 block = first + j * warp_count();
+      if (block >= blocks) break;
+      const uint4 low = r.planes[block * 2], high = r.planes[block * 2 + 1];
+      const u32 x0 = digit_at(low, lane), x1 = digit_at(high, lane);
+      const u32 to0 = r.base(block, x0) - __popc(plane_mask(low, x0) & ~below(lane));
+      const u32 to1 = r.base(block, x1) + __popc(plane_mask(high, x1) & below(lane));
+      target[to0] = (Index)next((Index)entry[2 * j]);
+      target[to1] = (Index)next((Index)entry[2 * j + 1]);
     }
   }
   __syncthreads();

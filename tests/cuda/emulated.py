@@ -1,0 +1,164 @@
+"""Builds the kernels for the CPU with the system compiler and calls them through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rosakit import cuda
+from rosakit.cuda import credit as credit_launcher
+from rosakit.cuda import matcher
+
+_HERE = Path(__file__).parent / "emulator"
+_KERNELS = Path(cuda.__file__).parent / "kernels"
+_BUILT = tempfile.TemporaryDirectory(prefix="rosakit-emulated-")
+
+
+@functools.cache
+def build(source: str, **macros: int) -> ctypes.CDLL:
+    """A library of ``emulator/<source>.cpp`` under these macros; skips without a compiler."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to emulate the GPU kernels with")
+    name = "_".join([source, *(f"{key}{value}" for key, value in sorted(macros.items()))])
+    target = Path(_BUILT.name) / f"{name}.so"
+    subprocess.run(
+        [
+            compiler,
+            *("-std=c++20", "-O1", "-fPIC", "-shared", f"-I{_HERE}", f"-I{_KERNELS}"),
+            *(f"-D{key}={value}" for key, value in macros.items()),
+            str(_HERE / f"{source}.cpp"),
+            *("-o", str(target)),
+        ],
+        check=True,
+    )
+    return ctypes.CDLL(str(target))
+
+
+def _pointer(array: np.ndarray | torch.Tensor | None) -> ctypes.c_void_p:
+    if array is None:
+        return ctypes.c_void_p(None)
+    at = array.data_ptr() if isinstance(array, torch.Tensor) else array.ctypes.data
+    return ctypes.c_void_p(at)
+
+
+def match(
+    q: np.ndarray,
+    k: np.ndarray,
+    *,
+    flips: int = 0,
+    max_length: int | None = None,
+    min_length: int = 1,
+    segment_starts: np.ndarray | None = None,
+    min_depth: int = matcher.MIN_DEPTH,
+    max_depth: int = matcher.MAX_DEPTH,
+    shared: bool = True,
+    narrow: bool = False,
+    warp_search: int = 24,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`rosakit.cuda.match` of uint8 ``[B, R, T]``; not `shared`: everything in global memory.
+
+    `warp_search` and LARGE_RANGE are small, so that short streams reach the search by a whole
+    thread block and the ranges that are kept apart.
+    """
+    places = ("RANK_SHARED", "K_SHARED", "Q_SHARED", "ENTRIES_SHARED", "CHAINS_SHARED")
+    levels = (2, 2, 2, 1, 1) if shared else (0, 0, 0, 0, 0)
+    library = build(
+        "match",
+        CF=flips,
+        THREADS=64,
+        MIN_BLOCKS=1,
+        INDEX_BYTES=2 if shared else 4,
+        NARROW_CHAINS=int(narrow and not shared),
+        WARP_SEARCH=warp_search,
+        LARGE_RANGE=9,
+        **dict(zip(places, levels, strict=True)),
+    )
+    batch, routes, length = q.shape
+    position = np.full(q.shape, 77777, dtype=np.int32)
+    sizes = position.copy()
+    flipped = np.full((*q.shape, flips), 77777, dtype=np.int32)
+    shift = matcher.plan(length, flips, 232448).super_shift
+    numbers: list[Any] = [batch * routes, routes, length]
+    numbers += [0xFFFFFFFF if max_length is None else max_length, min_length, shift]
+    numbers += [min_depth, max_depth, min(2, batch * routes)]
+    arrays = (q, k, segment_starts, position, sizes, flipped)
+    library.emulate_match(*map(_pointer, arrays), *map(ctypes.c_uint32, numbers))
+    return position, sizes, flipped
+
+
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _library(x: torch.Tensor, bits: int, fixed: bool = False) -> ctypes.CDLL:
+    kind = _FORMATS[x.dtype]
+    return build("credit", M=bits, SCALAR=kind, E_SCALAR=kind, FIXED=int(fixed))
+
+
+def pack(x: torch.Tensor, bits: int) -> torch.Tensor:
+    batch, length, channels = x.shape
+    symbols = torch.full((batch, channels // bits, length), 255, dtype=torch.uint8)
+    _library(x, bits).emulate_pack(_pointer(x), _pointer(symbols), batch, length, channels // bits)
+    return symbols
+
+
+def retrieve(
+    v: torch.Tensor,
+    position: torch.Tensor,
+    e0: torch.Tensor,
+    e1: torch.Tensor,
+    e_null: torch.Tensor | None,
+    bits: int,
+    unmatched: str,
+) -> torch.Tensor:
+    batch, length, channels = v.shape
+    y = torch.full_like(v, float("nan"))
+    _library(v, bits).emulate_retrieve(
+        *map(_pointer, (v, position, e0, e1, e_null, y)),
+        *(batch, length, channels // bits, credit_launcher.UNMATCHED[unmatched]),
+    )
+    return y
+
+
+def credit(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    e0: torch.Tensor,
+    e1: torch.Tensor,
+    position: torch.Tensor,
+    flipped: torch.Tensor,
+    *,
+    bits: int,
+    unmatched: str,
+    key_credit: str,
+    soft_values: bool,
+    temperature: float,
+    credit_from: torch.Tensor | None = None,
+    fixed: bool = False,
+    chunk: int = 5,
+) -> tuple[torch.Tensor, ...]:
+    """`rosakit.cuda.credit.counterfactual_backward`, in chunks of few routes."""
+    batch, length, channels = v.shape
+    dq, dk, dv = (torch.full_like(v, float("nan")) for _ in range(3))
+    slices = -(-length // 64)
+    partials = torch.zeros((batch * slices, 3, channels))
+    scale = credit_launcher.fixed_point_scale(grad, e0, e1, bits) if fixed else None
+    key_from = 2 if credit_from is not None else 1 if key_credit == "successor" else 0
+    arrays = (grad, q, k, v, e0, e1, position, flipped, credit_from, dq, dk, dv, partials, scale)
+    numbers = (batch, length, channels // bits, chunk, 64)
+    options = (credit_launcher.UNMATCHED[unmatched], int(soft_values), key_from)
+    _library(v, bits, fixed).emulate_credit(
+        *map(_pointer, arrays), *numbers, *options, ctypes.c_float(temperature)
+    )
+    return dq, dk, dv, *partials.sum(0)

@@ -1,0 +1,70 @@
+"""What surrounds the kernels: importing without CUDA, plans that fit, and refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rosakit import cuda
+from rosakit.cuda import compile, matcher
+from rosakit.errors import InvalidInputError, InvalidTypeError
+
+SHARED_LIMIT = 232448  # of compute capability 9.0
+
+
+def test_import_loads_no_cuda_library():
+    code = (
+        "import rosakit.cuda, sys; "
+        "bad = [m for m in sys.modules if m.split('.')[0] in ('cuda', 'triton')]; "
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unavailable_says_why():
+    reason = cuda.unavailable_reason()
+    assert cuda.available() == (reason is None)
+    assert reason is None or len(reason) > 10
+
+
+@pytest.mark.parametrize("flips", [0, 4, 8])
+@pytest.mark.parametrize("length", [1, 63, 2048, 8192, 16384, 32768, 65536, 65537, 131072, 1 << 19])
+@pytest.mark.parametrize("limit", [SHARED_LIMIT, 101376], ids=["sm90", "sm86"])
+def test_plans_fit(length, flips, limit):
+    plan = matcher.plan(length, flips, limit)
+    places = dict(plan.places)
+    assert plan.shared_bytes <= limit
+    assert plan.resident * (plan.shared_bytes + 1024) <= limit + 1024 or plan.resident == 1
+    blocks = (length + 63) // 64
+    assert ((blocks - 1) >> plan.super_shift) + 1 <= 128
+    assert plan.index_bytes == (2 if length <= 65536 else 4)
+    # A superblock's counts have 16 bits.
+    assert 64 << plan.super_shift <= 65536
+    everything = plan.shared_bytes + plan.scratch_bytes
+    assert everything >= length * (2 * plan.index_bytes + 1 + 1)
+    if length == 16384 and limit == SHARED_LIMIT and flips <= 4:
+        assert all(places[name] for name in ("ENTRIES_SHARED", "CHAINS_SHARED", "RANK_SHARED"))
+        assert plan.scratch_bytes == 0 or places["RANK_SHARED"] < 2
+
+
+def test_refusals():
+    symbols = torch.zeros(1, 2, 8, dtype=torch.uint8)
+    with pytest.raises(InvalidInputError, match="CUDA device"):
+        matcher.check(symbols, symbols, None, 0)
+    with pytest.raises(InvalidTypeError, match="uint8"):
+        matcher.check(symbols.int(), symbols.int(), None, 0)
+    with pytest.raises(InvalidInputError, match="one shape"):
+        matcher.check(symbols, symbols[..., :4], None, 0)
+    with pytest.raises(InvalidInputError, match="granularity"):
+        cuda.match(symbols, symbols, granularity="run")
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("ROSAKIT_CACHE", str(tmp_path))
+    assert compile.cache_folder() == tmp_path
+    monkeypatch.delenv("ROSAKIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compile.cache_folder() == tmp_path / "rosakit"

@@ -1,0 +1,102 @@
+"""The matching kernel, run on the CPU, against the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rosakit.ops.oracle import suffix_match_oracle
+from tests import streams
+from tests.cuda import emulated
+
+FAMILIES = (*streams.FAMILIES, "noisy_constant", "noisy_query")
+
+
+def pairs(length: int, bits: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """q and k ``[1, families, length]``, uint8."""
+    rng = np.random.default_rng(seed)
+    alphabet = 1 << bits
+    rows = []
+    for name in FAMILIES:
+        if name == "noisy_constant":
+            k = (rng.random(length) > 0.03).astype(np.int64)
+            rows.append((k, k))
+        elif name == "noisy_query":
+            k = streams.make("markov", length, alphabet, seed)
+            q = np.where(rng.random(length) < 0.05, rng.integers(0, alphabet, length), k)
+            rows.append((q, k))
+        elif name == "random":
+            rows.append(tuple(rng.integers(0, alphabet, (2, length))))
+        else:
+            k = streams.make(name, length, alphabet, seed)
+            rows.append((k, k))
+    q, k = (np.stack(x).astype(np.uint8)[None] for x in zip(*rows, strict=True))
+    return q, k
+
+
+def segments(length: int, seed: int) -> np.ndarray:
+    """Documents of about 50 positions, with padding on both sides: ``[1, length]``."""
+    rng = np.random.default_rng(seed)
+    starts = np.full((1, length), -1, dtype=np.int32)
+    at = length // 10
+    while at < length - length // 10:
+        end = min(length - length // 10, at + int(rng.integers(1, 100)))
+        starts[0, at:end] = at
+        at = end
+    return starts
+
+
+def check(length, bits, flips, seed, segment_starts=None, **options):
+    q, k = pairs(length, bits, seed)
+    rules = {key: options[key] for key in ("max_length", "min_length") if key in options}
+    expected = suffix_match_oracle(
+        torch.from_numpy(q),
+        torch.from_numpy(k),
+        segment_starts=None if segment_starts is None else torch.from_numpy(segment_starts),
+        counterfactual_bits=flips,
+        **rules,
+    )
+    position, size, flipped = emulated.match(
+        q, k, flips=flips, segment_starts=segment_starts, **options
+    )
+    for row, name in enumerate(FAMILIES):
+        assert np.array_equal(position[0, row], expected.position[0, row]), f"{name}: position"
+        assert np.array_equal(size[0, row], expected.length[0, row]), f"{name}: length"
+        if flips:
+            assert np.array_equal(flipped[0, row], expected.cf_position[0, row]), f"{name}: flips"
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 300])
+def test_default_options(length):
+    check(length, bits=4, flips=4, seed=length)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"max_length": 2}, id="max2"),
+        pytest.param({"max_length": 7}, id="max7"),
+        pytest.param({"min_length": 4}, id="min4"),
+        pytest.param({"min_length": 3, "max_length": 11}, id="min3-max11"),
+    ],
+)
+@pytest.mark.parametrize("depth", [2, 6])
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "documents"])
+def test_length_limits_and_documents(options, depth, packed):
+    starts = segments(200, depth) if packed else None
+    check(200, 2, 4, depth, segment_starts=starts, min_depth=depth, max_depth=depth, **options)
+
+
+@pytest.mark.parametrize("depth", [2, 12])
+@pytest.mark.parametrize("bits, flips", [(1, 4), (4, 4), (6, 8), (8, 8)])
+def test_alphabets(bits, flips, depth):
+    check(150, bits, flips, bits, min_depth=depth, max_depth=depth)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_everything_in_global_memory(bits, narrow):
+    starts = segments(220, bits)
+    check(220, bits, 0, bits, shared=False, narrow=narrow)
+    check(220, bits, 0, bits, segment_starts=starts, shared=False, narrow=narrow, warp_search=512)
