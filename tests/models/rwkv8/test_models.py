@@ -98,7 +98,21 @@ def test_unknown_estimator():
 
 
 @torch.no_grad()
-def test_padding_is_not_needed_but_rows_do_not_mix():
+def test_large_vocabularies_of_the_token_memory():
+    """Past 256 tokens the streams are token ids, not symbols of 8 bits."""
+    torch.manual_seed(0)
+    model = rwkv8.CountingModel(rwkv8.CountingConfig(vocabulary=300, channels=8, layers=0))
+    tokens = torch.tensor([[7, 263, 7, 263, 7]])  # 263 = 7 modulo 256
+    predicted = model.emb_rosa(tokens)
+    assert torch.equal(predicted[0, 2:], model.emb_rosa.emb.weight[[263, 7, 263]])
+    assert not predicted[0, :2].any()
+    state = model.init_state(1)
+    steps = [model.step(token, state) for token in tokens.unbind(1)]
+    torch.testing.assert_close(torch.stack(steps, 1), model(tokens))
+
+
+@torch.no_grad()
+def test_rows_do_not_mix():
     model = random_model("hybrid").double()
     tokens = tokens_for(model, 3, 25)
     torch.testing.assert_close(model(tokens)[1:2], model(tokens[1:2]), rtol=1e-9, atol=1e-9)

@@ -205,16 +205,19 @@ class TokenMemory(nn.Module):
     def __init__(self, vocabulary: int, channels: int) -> None:
         super().__init__()
         self.emb = nn.Embedding(vocabulary, channels)
+        # Small vocabularies fit the narrow symbols that every engine takes.
+        self.bits = 8 if vocabulary <= 256 else None
 
     def forward(self, tokens: Tensor, state: State | None = None, name: str = "") -> Tensor:
         """Tokens int64 ``[B, T]`` to ``[B, T, C]``; with a state, the next T positions."""
-        stream = tokens.to(torch.int32)[:, None].contiguous()
+        narrow = torch.uint8 if self.bits else torch.int32
+        stream = tokens.to(narrow)[:, None].contiguous()
         if state is None:
             position = suffix_match(stream, stream).position[:, 0]
             matched = position >= 0
             predicted = tokens.gather(1, position.clamp(min=0).to(torch.int64))
         else:
-            memory = state.rosa(name, 1, None, tokens.device)
+            memory = state.rosa(name, 1, self.bits, tokens.device)
             value, found = memory.extend(stream, stream, stream)
             predicted, matched = value[:, 0].to(torch.int64), found[:, 0]
         y: Tensor = self.emb(predicted)
