@@ -34,7 +34,7 @@ class Recipe:
     play_heldout: int = 3
     candidates: int = 8
     steps: int = 300
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     lr: float = 2e-2
     needle_lengths: tuple[int, ...] = (512, 1024, 2048)
     needle_depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
