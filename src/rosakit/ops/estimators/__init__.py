@@ -4,7 +4,18 @@ An estimator decides how gradients reach the bits of q, k and v; the hard ones s
 forward of semantics section 2.
 """
 
-from rosakit.ops.estimators import counterfactual
+from rosakit.ops.estimators import bitflip, counterfactual, soft_dp, soft_scan, suffix_attention
 from rosakit.ops.estimators.registry import Estimator, MatchOptions, get, names, register
 
-__all__ = ["Estimator", "MatchOptions", "counterfactual", "get", "names", "register"]
+__all__ = [
+    "Estimator",
+    "MatchOptions",
+    "bitflip",
+    "counterfactual",
+    "get",
+    "names",
+    "register",
+    "soft_dp",
+    "soft_scan",
+    "suffix_attention",
+]

@@ -1,0 +1,360 @@
+"""Triton kernels of the pairwise forms (docs/estimators/fused.md).
+
+One program is one warp. It owns strips of ``BD`` neighbouring diagonals ``d = i - j`` of one stream
+and marches down the rows: lane ``x`` holds the recurrence of diagonal ``d0 + x`` in registers, so
+no state ever crosses lanes. Streams are planar, ``[H, M, T]`` in float32 with T padded to whole
+segments, logits in base 2.
+"""
+
+# Triton compiles these functions itself: their arguments are untyped, and `range(0, n)` and unused
+# parts of a result are what it wants.
+# mypy: disable-error-code=no-untyped-def
+# ruff: noqa: PIE808, RUF059, E501
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-1.0e30)  # stands for -inf where a difference of two is taken
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _mix(x):
+    x = x ^ (x >> 16)
+    x = x * 0x85EBCA6B
+    x = x ^ (x >> 13)
+    x = x * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def keep_factor(stream, i, j, seed, threshold, inverse):
+    """0 or ``inverse = 1 / (1 - dropout)``: the twin of `pairwise.kept`."""
+    word = _mix(stream.to(tl.uint32) ^ seed.to(tl.uint32))
+    word = _mix(word + i.to(tl.uint32) * 0x9E3779B9)
+    word = _mix(word + j.to(tl.uint32) * 0x85EBCA77)
+    return tl.where(word >= threshold, inverse, 0.0)
+
+
+@triton.jit
+def strip_of(turn, worker, W: tl.constexpr):
+    """Strips are dealt back and forth, so that every worker gets long and short ones."""
+    return turn * W + tl.where(turn % 2 == 0, worker, W - 1 - worker)
+
+
+@triton.jit
+def cell(
+    q_at, k_at, starts_at, i, d, T, length, t, c, slope, bias,
+    M: tl.constexpr, GATE: tl.constexpr, SCAN: tl.constexpr, OFFSET: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """One row: symbol equality ``a`` and the next state ``t, c`` of every diagonal.
+
+    Also returns which lanes are candidates, the state before (masked at a segment's start), and
+    the segment's start.
+    """
+    j = i - d
+    start = i * 0
+    valid = (j >= 0) & (j + d < length)
+    if PACKED:
+        start = tl.load(starts_at + i)
+        valid = valid & (j >= start) & (d + start >= d)
+    product = tl.zeros_like(t)
+    for m in tl.static_range(M):
+        qm = tl.load(q_at + m * T + i)
+        product += qm * tl.load(k_at + m * T + j, mask=valid, other=0.0)
+    s = slope * product + bias
+    if GATE == "sigmoid":
+        a = 1.0 / (1.0 + tl.exp(-s))
+    elif GATE == "exp":
+        a = tl.exp(s)
+    else:
+        a = s
+    if OFFSET == 0:
+        t = tl.where(j > start, t, 0.0)
+        c = tl.where(j > start, c, 0.0)
+    if SCAN:
+        t_new = tl.where(valid, t + a, 0.0)
+        top = t_new * (1.0 - a)
+        c_new = tl.where(valid, tl.where(top >= c, top, c), 0.0)
+    else:
+        t_new = tl.where(valid, a * (t + 1.0), 0.0)
+        c_new = c
+    return a, t_new, c_new, valid, t, c, start
+
+
+@triton.jit
+def logit(x, i, d, start, sharp, cap, UTILITY: tl.constexpr, CAPPED: tl.constexpr):
+    """The score in base 2, and its derivative (natural logits) by the length x."""
+    seen = (i - start).to(tl.float32)
+    if UTILITY:
+        root = tl.sqrt(1.0 + x)
+        z = sharp * LOG2E * (root - 1.0) - tl.log2(tl.maximum(seen, 1.0))
+        slope = 0.5 * sharp / root
+    else:
+        recency = (i - d - start).to(tl.float32) / (seen + 1.0)
+        slope = tl.zeros_like(x) + sharp
+        if CAPPED:
+            slope = tl.where(x <= cap, slope, 0.0)
+            x = tl.minimum(x, cap)
+        z = sharp * LOG2E * (x + recency)
+    return z, slope
+
+
+@triton.jit
+def attend_forward(
+    q_ptr, k_ptr, w_ptr, starts_ptr, seed_ptr, top_ptr, sum_ptr, out_ptr,
+    T, length, routes, slope, bias, sharp, cap, threshold, inverse,
+    M: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, W: tl.constexpr,
+    GATE: tl.constexpr, SCAN: tl.constexpr, UTILITY: tl.constexpr, OFFSET: tl.constexpr,
+    CAPPED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Softmax statistics of every row over this worker's strips.
+
+    ``top, sum [H, W, T]`` and ``out [H, W, V, T]``: running maximum, sum, weighted values. They
+    come in as LOWEST, 0 and 0.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    stream, worker = program // W, (program % W).to(tl.int32)
+    q_at, k_at, w_at = q_ptr + stream * M * T, k_ptr + stream * M * T, w_ptr + stream * V * T
+    starts_at = starts_ptr
+    if PACKED:
+        starts_at = starts_ptr + stream // routes * T
+    top_at, sum_at, out_at = top_ptr + program * T, sum_ptr + program * T, out_ptr + program * V * T
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    lane = tl.arange(0, BD)
+    strips = tl.cdiv(length - OFFSET, BD)
+    for turn in range(0, tl.cdiv(strips, W)):
+        d0 = OFFSET + strip_of(turn, worker, W) * BD
+        d = d0 + lane
+        t = tl.zeros([BD], tl.float32)
+        c = tl.zeros([BD], tl.float32)
+        for i in range(d0, length):
+            a, t, c, valid, tp, cp, start = cell(
+                q_at, k_at, starts_at, i, d, T, length, t, c, slope, bias,
+                M, GATE, SCAN, OFFSET, PACKED,
+            )  # fmt: skip
+            x = t - c if SCAN else t
+            z, dz = logit(x, i, d, start, sharp, cap, UTILITY, CAPPED)
+            z = tl.where(valid, z, LOWEST * 2)
+            before = tl.load(top_at + i)
+            best = tl.maximum(tl.max(z, 0), before)
+            p = tl.exp2(z - best)
+            shrink = tl.exp2(before - best)
+            tl.store(top_at + i, best)
+            tl.store(sum_at + i, tl.load(sum_at + i) * shrink + tl.sum(p, 0))
+            if DROPOUT:
+                p = p * keep_factor(stream, i - d + d, i - d, seed, threshold, inverse)
+            for v in tl.static_range(V):
+                wv = tl.load(w_at + v * T + (i - d + OFFSET), mask=valid, other=0.0)
+                old = tl.load(out_at + v * T + i)
+                tl.store(out_at + v * T + i, old * shrink + tl.sum(p * wv, 0))
+        tl.debug_barrier()
+
+
+@triton.jit
+def row_gradient(
+    w_at, g_at, lse_at, delta_at, u_at, p_at, i, r, d, lane, T, a, t, c, tp, cp, valid, start,
+    ta, ca, slope, sharp, cap, stream, seed, threshold, inverse,
+    V: tl.constexpr, BD: tl.constexpr, CW: tl.constexpr, GATE: tl.constexpr, SCAN: tl.constexpr,
+    UTILITY: tl.constexpr, OFFSET: tl.constexpr, CAPPED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Row i backwards: writes ``dL/d(q_i . k_j)`` and the weights, returns the states' adjoints.
+
+    ``ta, ca`` come in as what the row below sent up.
+    """
+    j = i - d
+    x = t - c if SCAN else t
+    z, dz = logit(x, i, d, start, sharp, cap, UTILITY, CAPPED)
+    lse = tl.load(lse_at + i)
+    delta = tl.load(delta_at + i)
+    p = tl.where(valid, tl.exp2(tl.where(valid, z - lse, 0.0)), 0.0)
+    gw = tl.zeros_like(t)
+    for v in tl.static_range(V):
+        gv = tl.load(g_at + v * T + i)
+        gw += gv * tl.load(w_at + v * T + (j + OFFSET), mask=valid, other=0.0)
+    weight = p
+    if DROPOUT:
+        keep = keep_factor(stream, j + d, j, seed, threshold, inverse)
+        weight = p * keep
+        gw = gw * keep
+    gx = p * (gw - delta) * dz
+    if SCAN:
+        dt = gx + ta
+        dc = ca - gx
+        newest = t * (1.0 - a) >= cp
+        dtop = tl.where(newest, dc, 0.0)
+        dt += dtop * (1.0 - a)
+        da = dt - dtop * t
+        ta = dt
+        ca = tl.where(newest, 0.0, dc)
+    else:
+        dt = gx + ta
+        da = dt * (tp + 1.0)
+        ta = dt * a
+    if GATE == "sigmoid":
+        ds = da * a * (1.0 - a) * slope
+    elif GATE == "exp":
+        ds = da * a * slope
+    else:
+        ds = da * slope
+    keeps = valid
+    if OFFSET == 0:
+        keeps = valid & (j > start)
+    ta = tl.where(keeps, ta, 0.0)
+    ca = tl.where(keeps, ca, 0.0)
+    column = r * CW + r + (BD - 1) - lane
+    tl.store(u_at + column, tl.where(valid, ds, 0.0))
+    tl.store(p_at + column, weight)
+    return ta, ca
+
+
+@triton.jit
+def attend_backward(
+    q_ptr, k_ptr, w_ptr, g_ptr, lse_ptr, delta_ptr, starts_ptr, seed_ptr,
+    dq_ptr, dk_ptr, dw_ptr, mark_ptr, tile_ptr,
+    T, length, routes, slope, bias, sharp, cap, threshold, inverse,
+    M: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, SEG: tl.constexpr,
+    GATE: tl.constexpr, SCAN: tl.constexpr, UTILITY: tl.constexpr, OFFSET: tl.constexpr,
+    CAPPED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of q, k ``[H, W, M, T]`` and w ``[H, W, V, T]``, summed over this worker's strips.
+
+    A strip is marched down once, leaving its state every SEG rows in `mark`; then the segments go
+    up: a segment is marched again with a mark every 4 rows, and each 4 rows once more, now held in
+    registers and walked backwards. A segment's ``dL/d(q . k)`` and weights go through `tile`, from
+    where small matrix products make the gradients.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    stream, worker = program // W, (program % W).to(tl.int32)
+    q_at, k_at, w_at = q_ptr + stream * M * T, k_ptr + stream * M * T, w_ptr + stream * V * T
+    g_at, lse_at, delta_at = g_ptr + stream * V * T, lse_ptr + stream * T, delta_ptr + stream * T
+    starts_at = starts_ptr
+    if PACKED:
+        starts_at = starts_ptr + stream // routes * T
+    dq_at, dk_at = dq_ptr + program * M * T, dk_ptr + program * M * T
+    dw_at = dw_ptr + program * V * T
+    segments = T // SEG
+    mark_at = mark_ptr + program * (segments + SEG // 4) * 2 * BD
+    near_at = mark_at + segments * 2 * BD
+    CW: tl.constexpr = BD + 32  # whole blocks of 32; the band needs BD + SEG
+    u_at = tile_ptr + program * 2 * SEG * CW
+    p_at = u_at + SEG * CW
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    lane = tl.arange(0, BD)
+    rows = tl.arange(0, SEG)
+    wide = tl.arange(0, 32)
+    part = tl.arange(0, 16)
+    strips = tl.cdiv(length - OFFSET, BD)
+    for turn in range(0, tl.cdiv(strips, W)):
+        d0 = OFFSET + strip_of(turn, worker, W) * BD
+        d = d0 + lane
+        first = d0 // SEG
+        t = tl.zeros([BD], tl.float32)
+        c = tl.zeros([BD], tl.float32)
+        for s in range(first, segments):
+            tl.store(mark_at + s * 2 * BD + lane, t)
+            if SCAN:
+                tl.store(mark_at + s * 2 * BD + BD + lane, c)
+            for i in range(s * SEG, s * SEG + SEG):
+                a, t, c, valid, tp, cp, start = cell(
+                    q_at, k_at, starts_at, i, d, T, length, t, c, slope, bias,
+                    M, GATE, SCAN, OFFSET, PACKED,
+                )  # fmt: skip
+        ta = tl.zeros([BD], tl.float32)
+        ca = tl.zeros([BD], tl.float32)
+        for back in range(0, segments - first):
+            s = segments - 1 - back
+            t = tl.load(mark_at + s * 2 * BD + lane)
+            c = tl.zeros([BD], tl.float32)
+            if SCAN:
+                c = tl.load(mark_at + s * 2 * BD + BD + lane)
+            for four in range(0, SEG // 4):
+                tl.store(near_at + four * 2 * BD + lane, t)
+                if SCAN:
+                    tl.store(near_at + four * 2 * BD + BD + lane, c)
+                for r in tl.static_range(4):
+                    a, t, c, valid, tp, cp, start = cell(
+                        q_at, k_at, starts_at, s * SEG + four * 4 + r, d, T, length, t, c, slope, bias,
+                        M, GATE, SCAN, OFFSET, PACKED,
+                    )  # fmt: skip
+            for again in range(0, SEG // 4):
+                r = SEG - 4 - again * 4
+                i = s * SEG + r
+                t = tl.load(near_at + r // 4 * 2 * BD + lane)
+                c = tl.zeros([BD], tl.float32)
+                if SCAN:
+                    c = tl.load(near_at + r // 4 * 2 * BD + BD + lane)
+                a0, t0, c0, v0, tp0, cp0, s0 = cell(
+                    q_at, k_at, starts_at, i, d, T, length, t, c, slope, bias,
+                    M, GATE, SCAN, OFFSET, PACKED,
+                )  # fmt: skip
+                a1, t1, c1, v1, tp1, cp1, s1 = cell(
+                    q_at, k_at, starts_at, i + 1, d, T, length, t0, c0, slope, bias,
+                    M, GATE, SCAN, OFFSET, PACKED,
+                )  # fmt: skip
+                a2, t2, c2, v2, tp2, cp2, s2 = cell(
+                    q_at, k_at, starts_at, i + 2, d, T, length, t1, c1, slope, bias,
+                    M, GATE, SCAN, OFFSET, PACKED,
+                )  # fmt: skip
+                a3, t3, c3, v3, tp3, cp3, s3 = cell(
+                    q_at, k_at, starts_at, i + 3, d, T, length, t2, c2, slope, bias,
+                    M, GATE, SCAN, OFFSET, PACKED,
+                )  # fmt: skip
+                ta, ca = row_gradient(
+                    w_at, g_at, lse_at, delta_at, u_at, p_at, i + 3, r + 3, d, lane, T,
+                    a3, t3, c3, tp3, cp3, v3, s3, ta, ca,
+                    slope, sharp, cap, stream, seed, threshold, inverse,
+                    V, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, DROPOUT,
+                )  # fmt: skip
+                ta, ca = row_gradient(
+                    w_at, g_at, lse_at, delta_at, u_at, p_at, i + 2, r + 2, d, lane, T,
+                    a2, t2, c2, tp2, cp2, v2, s2, ta, ca,
+                    slope, sharp, cap, stream, seed, threshold, inverse,
+                    V, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, DROPOUT,
+                )  # fmt: skip
+                ta, ca = row_gradient(
+                    w_at, g_at, lse_at, delta_at, u_at, p_at, i + 1, r + 1, d, lane, T,
+                    a1, t1, c1, tp1, cp1, v1, s1, ta, ca,
+                    slope, sharp, cap, stream, seed, threshold, inverse,
+                    V, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, DROPOUT,
+                )  # fmt: skip
+                ta, ca = row_gradient(
+                    w_at, g_at, lse_at, delta_at, u_at, p_at, i, r, d, lane, T,
+                    a0, t0, c0, tp0, cp0, v0, s0, ta, ca,
+                    slope, sharp, cap, stream, seed, threshold, inverse,
+                    V, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, DROPOUT,
+                )  # fmt: skip
+            tl.debug_barrier()
+            # Column c of the tile is key j = left + c; row r has its band at c in [r, r + BD).
+            left = s * SEG - d0 - (BD - 1)
+            i = s * SEG + rows
+            here = (part[:, None] < M) & (i[None, :] >= 0)
+            qs = tl.load(q_at + part[:, None] * T + i[None, :], mask=here, other=0.0)
+            read = (part[:, None] < V) & (i[None, :] >= 0)
+            gs = tl.load(g_at + part[:, None] * T + i[None, :], mask=read, other=0.0)
+            dq = tl.zeros([16, SEG], tl.float32)
+            for block in range(0, CW // 32):
+                column = block * 32 + wide
+                j = left + column
+                u = tl.load(u_at + rows[:, None] * CW + column[None, :])
+                weight = tl.load(p_at + rows[:, None] * CW + column[None, :])
+                keys = (part[:, None] < M) & (j[None, :] >= 0) & (j[None, :] < T)
+                key_at = part[:, None] * T + j[None, :]
+                ks = tl.load(k_at + key_at, mask=keys, other=0.0)
+                dq += tl.dot(ks, tl.trans(u), input_precision=PRECISION)
+                dk = tl.load(dk_at + key_at, mask=keys, other=0.0)
+                dk += tl.dot(qs, u, input_precision=PRECISION)
+                tl.store(dk_at + key_at, dk, mask=keys)
+                values = (part[:, None] < V) & (j[None, :] >= 0) & (j[None, :] + OFFSET < T)
+                dw = tl.load(dw_at + key_at + OFFSET, mask=values, other=0.0)
+                dw += tl.dot(gs, weight, input_precision=PRECISION)
+                tl.store(dw_at + key_at + OFFSET, dw, mask=values)
+            query_at = dq_at + part[:, None] * T + i[None, :]
+            dq += tl.load(query_at, mask=here, other=0.0)
+            tl.store(query_at, dq, mask=here)
+            tl.debug_barrier()

@@ -1,0 +1,182 @@
+"""The fused kernels against the dense naive form, outputs and gradients.
+
+On a machine without a GPU the kernels run in Triton's interpreter, in a process of its own (Triton
+decides when it is imported); with a GPU they run for real.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rosakit.errors import BackendError
+from rosakit.ops import rosa
+from rosakit.ops.estimators.pairwise import Form, attend_naive
+
+BITS = {"gate": "sigmoid", "slope": 2.0, "bias": -1.5}
+HAMMING = {"gate": "exp", "slope": 0.4, "bias": -1.0}
+LENGTH = {"score": "length", "sharpness": 1.5}
+UTILITY = {"score": "utility", "sharpness": 1.2}
+
+# name: (form, T, routes, symbol width, value width, packed, with null values)
+CASES = {
+    "scan-T17": ({**BITS, **LENGTH, "recurrence": "scan"}, 17, 1, 3, 2, False, False),
+    "scan-packed-T24": ({**BITS, **LENGTH, "recurrence": "scan"}, 24, 1, 2, 2, True, True),
+    "dp-onehot-T1": (
+        {"gate": "identity", "slope": 1.0, "bias": 0.0, **LENGTH, "recurrence": "dp"},
+        *(1, 2, 3, 3, False, True),
+    ),
+    "dp-capped-T18": (
+        {**BITS, **LENGTH, "recurrence": "dp", "cap": 2, "min_length": 2},
+        *(18, 1, 2, 1, False, False),
+    ),
+    "self-scan-packed-T17": (
+        {**BITS, **LENGTH, "recurrence": "scan", "offset": 0},
+        *(17, 1, 2, 2, True, False),
+    ),
+    "suffix-T19": ({**HAMMING, **UTILITY, "recurrence": "dp"}, 19, 1, 4, 4, False, False),
+    "suffix-dropout-T9": (
+        {**HAMMING, **UTILITY, "recurrence": "dp", "dropout": 0.3},
+        *(9, 2, 1, 1, False, True),
+    ),
+}
+
+
+def compare(name: str, device: str) -> list[float]:
+    """Relative errors of y, dq, dk, dw (and dnull) of the fused form, float64 naive as truth."""
+    from rosakit.ops.triton import attend_fused
+
+    options, length, routes, width, values, packed, with_null = CASES[name]
+    form = Form(**options)
+    g = torch.Generator().manual_seed(length)
+
+    def draw(channels):
+        return torch.randn(2, routes, length, channels, generator=g, dtype=torch.float64)
+
+    q, k = draw(width).tanh(), draw(width).tanh()
+    if form.gate == "identity":
+        q, k = q.softmax(-1), k.softmax(-1)
+    leaves = [q, k, draw(values)] + ([draw(values)] if with_null else [])
+    leaves = [x.to(device).requires_grad_() for x in leaves]
+    null = leaves[3] if with_null else None
+    starts = None
+    if packed:
+        starts = torch.zeros(2, length, dtype=torch.int32, device=device)
+        starts[:, length // 3 :] = length // 3
+        starts[:, -2:] = -1
+    seed = torch.tensor([7], device=device) if form.dropout else None
+    expected = attend_naive(*leaves[:3], null, starts, form, seed)
+    got = attend_fused(*leaves[:3], null, starts, form, seed)
+    grad = draw(values).to(device)
+    pairs = [(got, expected)]
+    for x, y in zip(
+        torch.autograd.grad(got, leaves, grad, allow_unused=True),
+        torch.autograd.grad(expected, leaves, grad, allow_unused=True),
+        strict=True,
+    ):
+        zero = torch.zeros(1, dtype=torch.float64, device=device)
+        pairs.append((zero if x is None else x, zero if y is None else y))
+    return [float((x - y).norm() / y.norm().clamp(min=1e-6)) for x, y in pairs]
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, list[float]]:
+    """Errors of every case, on the GPU or in one interpreter process."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if torch.cuda.is_available():
+        return {name: compare(name, "cuda") for name in CASES}
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.ops.test_fused"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "only 0-dimensional arrays can be converted" in result.stderr:
+        pytest.skip("this version of triton's interpreter does not run with this numpy")
+    assert result.returncode == 0, result.stderr[-2000:]
+    found: dict[str, list[float]] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fused_is_naive(errors, name):
+    for what, error in zip(("y", "dq", "dk", "dw", "dnull"), errors[name], strict=False):
+        assert error < 1e-4, what
+
+
+def test_opcheck_passes(errors):
+    assert errors["opcheck"] == [0.0]
+
+
+def test_asking_for_the_kernels_where_they_cannot_run_is_an_error():
+    q, k, v = torch.randn(3, 1, 8, 4)
+    e0, e1 = torch.zeros(4), torch.ones(4)
+    with pytest.raises(BackendError, match="fused=True, but the fused kernels take whole suffixes"):
+        rosa(
+            q.cuda() if torch.cuda.is_available() else q,
+            *(x.cuda() if torch.cuda.is_available() else x for x in (k.requires_grad_(), v)),
+            *(x.cuda() if torch.cuda.is_available() else x for x in (e0, e1)),
+            bits=4,
+            estimator="suffix_attention",
+            window=3,
+            fused=True,
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("length", [63, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("estimator", ["soft_dp", "soft_scan", "suffix_attention"])
+def test_estimators_on_the_gpu(length, dtype, estimator):
+    inputs = [x.to(dtype) for x in torch.randn(3, 2, length, 8, device="cuda")]
+    levels = [x.to(dtype) for x in torch.randn(2, 8, device="cuda")]
+    results = []
+    for cast, fused in ((dtype, True), (torch.float64, False)):
+        leaves = [x.to(cast).requires_grad_() for x in inputs]
+        y = rosa(*leaves, *(x.to(cast) for x in levels), bits=4, estimator=estimator, fused=fused)
+        results.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y))))
+    ratio = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    for name, got, expected in zip(("y", "dq", "dk", "dv"), *results, strict=True):
+        assert (got.double() - expected).norm() / expected.norm() < ratio, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_grows_linearly():
+    peaks = []
+    for length in (2048, 4096, 8192):
+        leaves = [x.requires_grad_() for x in torch.randn(3, 1, length, 64, device="cuda")]
+        levels = torch.randn(2, 64, device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        rosa(*leaves, *levels, bits=4, estimator="soft_scan").sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[2] < 2.5 * peaks[1]
+    assert peaks[1] < 2.5 * peaks[0]
+
+
+def _opcheck() -> None:
+    q, k, w = torch.randn(3, 2, 2, 16).requires_grad_()
+    gate = ("sigmoid", 2.0, -1.5)
+    torch.library.opcheck(
+        torch.ops.rosakit.attend.default,
+        (q, k, w, w.new_empty(0), None, None, 9, 2, *gate, True, False, 1.5, 1, 0, 1, 0.0),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+if __name__ == "__main__":
+    measured = {name: compare(name, "cpu") for name in CASES}
+    _opcheck()
+    print(json.dumps({**measured, "opcheck": [0.0]}))
