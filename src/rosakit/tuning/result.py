@@ -100,7 +100,8 @@ def load_result(
     Args:
         folder: the output folder of a run, or one of its checkpoints.
         base: base model to use instead of the one that the run names (moved, renamed).
-        dtype, device: see :func:`rosakit.tuning.sources.load_model`; None for the run's own.
+        dtype: "float32", "bfloat16" or "auto"; None for the run's own.
+        device: "cpu", "cuda", … or "auto"; None for the run's own.
 
     Returns:
         ``(model, tokenizer, the run's configuration)``.
@@ -139,7 +140,8 @@ def load_any(
     Args:
         name: output folder of a run, or whatever :func:`rosakit.tuning.sources.load_model` takes.
         base: base model of a result, if it has moved.
-        dtype, device: see :func:`rosakit.tuning.sources.load_model`.
+        dtype: "float32", "bfloat16" or "auto".
+        device: "cpu", "cuda", … or "auto".
     """
     if (Path(name) / RUN_FILE).is_file() or (Path(name) / CONFIG_FILE).is_file():
         model, tokenizer, _ = load_result(name, base=base, dtype=dtype, device=device)

@@ -29,7 +29,8 @@ def stream_text(
     """Continue a prompt.
 
     Args:
-        model, tokenizer: a causal language model, attached or not.
+        model: a causal language model, attached or not.
+        tokenizer: its tokenizer.
         prompt: text to continue; with `chat`, what the user says.
         write: called with each new piece of text.
         max_new_tokens: at most this many tokens.

@@ -74,8 +74,9 @@ def tune(
 
     Args:
         config: the run.
-        model, tokenizer: a loaded, plain model to train instead of loading ``config.model``; it is
-            changed in place.
+        model: a loaded, plain model to train instead of loading ``config.model``; it is changed in
+            place.
+        tokenizer: its tokenizer.
         documents: texts to use instead of reading ``config.data``.
         show: print progress and health to standard error.
 
