@@ -169,18 +169,21 @@ NB_MODULE(_core, m) {
   memory.def(
       "__init__",
       [](SuffixMemory* self, std::size_t batch, std::size_t routes, unsigned bits, bool run,
-         bool strict, u32 max_length, u32 min_length) {
-        new (self) SuffixMemory(
-            MemoryOptions{batch, routes, bits, make_rule(run, strict, max_length, min_length)});
+         bool strict, u32 max_length, u32 min_length, u64 max_bytes) {
+        MemoryOptions o{batch, routes, bits, make_rule(run, strict, max_length, min_length)};
+        o.max_bytes = max_bytes;
+        new (self) SuffixMemory(o);
       },
       nb::arg("batch"), nb::arg("routes"), nb::arg("bits"), nb::arg("run"), nb::arg("strict"),
-      nb::arg("max_length"), nb::arg("min_length"));
+      nb::arg("max_length"), nb::arg("min_length"), nb::arg("max_bytes"));
   def_extend<u8>(memory);
   def_extend<u16>(memory);
   def_extend<i32>(memory);
   memory
       .def("lengths",
            [](const SuffixMemory& self) { return std::vector<i64>(self.lengths().begin(), self.lengths().end()); })
+      .def("starts",
+           [](const SuffixMemory& self) { return std::vector<i64>(self.starts().begin(), self.starts().end()); })
       .def(
           "index_select",
           [](const SuffixMemory& self, const std::vector<i64>& rows) { return self.index_select(rows); },

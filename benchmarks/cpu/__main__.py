@@ -61,9 +61,9 @@ def growth(figures: list[Figure], case: str) -> dict[str, float]:
 
 
 def plot(figures: list[Figure], path: Path) -> None:
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
+    mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     panels = [

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -40,14 +41,44 @@ void check_length(std::size_t n) {
                             " symbols is too long: positions are int32, so fewer than 2^31 - 1 fit");
 }
 
+/// Longest stream for which a worker may spend the memory of full rows, about 110 bytes a symbol.
+constexpr std::size_t kLongDense = std::size_t{1} << 21;
+
 /// What one worker needs; kept for the streams of a call.
 struct Scratch {
   Solver<DenseAutomaton> dense;
+  Solver<LongDenseAutomaton> long_dense;
   Solver<Automaton<false>> narrow;
   std::unique_ptr<Solver<Automaton<true>>> wide;
   Buffer<u8> q8, k8;
   Buffer<u32> q32, k32;
 };
+
+/// Warm scratch between calls, so that a model's layers do not each pay for fresh memory. Taken and
+/// given back under try_lock: a forked child may have inherited the lock held.
+class Spares {
+ public:
+  std::unique_ptr<Scratch> take() {
+    std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock || spares_.empty()) return std::make_unique<Scratch>();
+    auto scratch = std::move(spares_.back());
+    spares_.pop_back();
+    return scratch;
+  }
+  void give(std::unique_ptr<Scratch> scratch) {
+    std::unique_lock lock(mutex_, std::try_to_lock);
+    if (lock && spares_.size() < num_threads()) spares_.push_back(std::move(scratch));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Scratch>> spares_;
+};
+Spares& spares() {
+  static auto* held = new Spares;  // never destroyed: threads may outlive static destructors
+  return *held;
+}
+constexpr std::size_t kSpareLength = std::size_t{1} << 16;  // longer streams keep no memory
 
 template <class T>
 const u8* as_bytes(const T* x, std::size_t n, Buffer<u8>& copy) {
@@ -78,6 +109,9 @@ void match_segment(Scratch& scratch, const T* q, const T* k, std::size_t n, cons
   if (bits <= DenseAutomaton::kMaxBits && n <= DenseAutomaton::kMaxSymbols) {
     scratch.dense.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8), static_cast<u32>(n), rule,
                         bits, out);
+  } else if (bits <= LongDenseAutomaton::kMaxBits && n <= kLongDense) {
+    scratch.long_dense.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8), static_cast<u32>(n),
+                             rule, bits, out);
   } else if (bits <= 8 && n <= Automaton<false>::kMaxSymbols) {
     scratch.narrow.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8),
                          static_cast<u32>(n), rule, bits, out);
@@ -96,7 +130,7 @@ void match(const MatchCall<T>& call) {
   check_length(s.length);
   std::vector<std::unique_ptr<Scratch>> scratch(kMaxThreads);
   parallel_for(s.batch * s.routes, [&](std::size_t stream, unsigned worker) {
-    if (!scratch[worker]) scratch[worker] = std::make_unique<Scratch>();
+    if (!scratch[worker]) scratch[worker] = spares().take();
     const std::size_t at = stream * s.length;
     const i32* starts =
         call.segment_starts ? call.segment_starts + stream / s.routes * s.length : nullptr;
@@ -117,6 +151,9 @@ void match(const MatchCall<T>& call) {
                       call.flipped + (at + g.end) * call.flip_bits, kNull);
         });
   });
+  if (s.length <= kSpareLength)
+    for (auto& used : scratch)
+      if (used) spares().give(std::move(used));
 }
 
 template void match<u8>(const MatchCall<u8>&);

@@ -28,7 +28,7 @@ struct Header {
   u16 symbol_bytes;
   u32 max_length, min_length;
   u64 payload_bytes;
-  u64 reserved;
+  u64 max_bytes;
 };
 static_assert(sizeof(Header) == 64);
 
@@ -91,12 +91,13 @@ std::string SuffixMemory::serialize() const {
   const u16 width = symbol_bytes(options_.bits);
   std::string out(sizeof(Header), '\0');
   out.append(reinterpret_cast<const char*>(lengths_.data()), lengths_.size() * sizeof(i64));
+  out.append(reinterpret_cast<const char*>(starts_.data()), starts_.size() * sizeof(i64));
   for (const auto& lane : lanes_) out.push_back(lane->self() ? 1 : 0);
   for (const auto& lane : lanes_) {
     const u32 n = lane->length();
-    for (u32 i = 0; i < n; ++i) put(out, lane->key(i), width);
+    for (u32 i = lane->start(); i < n; ++i) put(out, lane->key(i), width);
     if (!lane->self())
-      for (u32 i = 0; i < n; ++i) put(out, lane->query(i), width);
+      for (u32 i = lane->start(); i < n; ++i) put(out, lane->query(i), width);
   }
   Header h{};
   std::memcpy(h.magic, kMagic, sizeof kMagic);
@@ -110,6 +111,7 @@ std::string SuffixMemory::serialize() const {
   h.symbol_bytes = width;
   h.max_length = options_.rule.max_length;
   h.min_length = options_.rule.min_length;
+  h.max_bytes = options_.max_bytes;
   h.payload_bytes = out.size() - sizeof(Header);
   std::memcpy(out.data(), &h, sizeof h);
   put(out, crc32(out.data(), out.size()), 4);
@@ -143,8 +145,10 @@ SuffixMemory SuffixMemory::deserialize(std::span<const char> bytes) {
   o.bits = h.bits;
   o.rule = {static_cast<Granularity>(h.granularity), static_cast<Successor>(h.successor), h.max_length,
             h.min_length};
+  o.max_bytes = h.max_bytes;
   SuffixMemory memory(o);
   std::memcpy(memory.lengths_.data(), in.take(h.batch * sizeof(i64)), h.batch * sizeof(i64));
+  std::memcpy(memory.starts_.data(), in.take(h.batch * sizeof(i64)), h.batch * sizeof(i64));
   const std::size_t lanes = h.batch * h.routes;
   const char* self = in.take(lanes);
   struct Symbols {
@@ -153,8 +157,8 @@ SuffixMemory SuffixMemory::deserialize(std::span<const char> bytes) {
   };
   std::vector<Symbols> symbols(lanes);
   for (std::size_t s = 0; s < lanes; ++s) {
-    const i64 n = memory.lengths_[s / o.routes];
-    if (n < 0 || n >= (i64{1} << 31)) throw std::runtime_error("memory file: a length is out of range");
+    const i64 first = memory.starts_[s / o.routes], n = memory.lengths_[s / o.routes] - first;
+    if (first < 0 || n < 0 || first + n >= (i64{1} << 31)) throw std::runtime_error("memory file: a length is out of range");
     symbols[s].key = in.take(static_cast<u64>(n) * h.symbol_bytes);
     symbols[s].query = self[s] ? symbols[s].key : in.take(static_cast<u64>(n) * h.symbol_bytes);
   }
@@ -162,7 +166,8 @@ SuffixMemory SuffixMemory::deserialize(std::span<const char> bytes) {
   const u32 limit = u32{1} << (o.bits ? o.bits : 31);
   parallel_for(lanes, [&](std::size_t s, unsigned) {
     i32 position, length;
-    const i64 n = memory.lengths_[s / o.routes];
+    const i64 first = memory.starts_[s / o.routes], n = memory.lengths_[s / o.routes] - first;
+    memory.lanes_[s]->skip(static_cast<u32>(first));
     for (i64 i = 0; i < n; ++i) {
       const u32 q = get(symbols[s].query + i * h.symbol_bytes, h.symbol_bytes);
       const u32 k = get(symbols[s].key + i * h.symbol_bytes, h.symbol_bytes);

@@ -45,7 +45,7 @@ std::size_t compare(const u8* data, std::size_t size) {
     if (got != want) std::abort();
   }
 
-  MemoryOptions options{1, 1, bits, rule, budget.per_symbol, budget.base};
+  const MemoryOptions options{1, 1, bits, rule, budget.per_symbol, budget.base, 0};
   SuffixMemory memory(options);
   const std::size_t chunk = 1 + data[5] % 32u;
   for (std::size_t i = 0; i < n; i += chunk) {

@@ -102,6 +102,52 @@ TEST_CASE("random operations on a memory") {
   }
 }
 
+TEST_CASE("a budget is kept, and matches stay exact within what is remembered") {
+  Random random(8);
+  const std::size_t routes = 2, n = 6000;
+  MemoryOptions options{1, routes, 4, {}};
+  options.max_bytes = 400000;
+  SuffixMemory memory(options);
+  std::vector<u8> q(routes * n), k = q;
+  for (std::size_t s = 0; s < routes; ++s) {
+    const auto [qs, ks] = draw(8, n, 16, random);
+    for (std::size_t i = 0; i < n; ++i) {
+      q[s * n + i] = static_cast<u8>(qs[i]);
+      k[s * n + i] = static_cast<u8>(ks[i]);
+    }
+  }
+  std::vector<i32> position(routes), length(routes);
+  std::vector<u8> one_q(routes), one_k(routes);
+  i64 evictions = 0, start = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    for (std::size_t s = 0; s < routes; ++s) one_q[s] = q[s * n + i], one_k[s] = k[s * n + i];
+    memory.extend(Chunk<u8>{one_q.data(), one_k.data(), nullptr, position.data(), length.data(), 1, 0});
+    REQUIRE(memory.reserved_bytes() <= options.max_bytes);
+    evictions += memory.starts()[0] > start;
+    start = memory.starts()[0];
+    if (i % 97 == 0 || start + 5 > static_cast<i64>(i))
+      for (std::size_t s = 0; s < routes; ++s) {
+        const auto first = static_cast<std::ptrdiff_t>(s * n) + start, last = static_cast<std::ptrdiff_t>(s * n + i + 1);
+        const auto want = reference::match({q.begin() + first, q.begin() + last}, {k.begin() + first, k.begin() + last}, {});
+        REQUIRE(length[s] == want.length.back());
+        REQUIRE(position[s] == (length[s] ? want.position.back() + start : kNull));
+      }
+  }
+  CHECK(evictions > 0);
+  const std::string bytes = memory.serialize();
+  SuffixMemory twin = SuffixMemory::deserialize({bytes.data(), bytes.size()});
+  CHECK(twin.starts()[0] == start);
+  std::vector<i32> position2(routes), length2(routes);
+  memory.extend(Chunk<u8>{one_q.data(), one_k.data(), nullptr, position.data(), length.data(), 1, 0});
+  twin.extend(Chunk<u8>{one_q.data(), one_k.data(), nullptr, position2.data(), length2.data(), 1, 0});
+  CHECK(position == position2);
+  twin.truncate(0, 3);
+  CHECK(twin.lengths()[0] == 3);
+  CHECK(twin.starts()[0] == 3);
+  options.max_bytes = 1000;
+  CHECK_THROWS_AS(SuffixMemory{options}, std::invalid_argument);
+}
+
 TEST_CASE("pages are given back") {
   const std::size_t before = pool_bytes();
   {

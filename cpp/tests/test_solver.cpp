@@ -41,7 +41,10 @@ TEST_CASE("every phase of the solver gives the definition") {
     const reference::Result want = reference::match(q, k, rule, flips);
     REQUIRE(solve<Narrow>(q, k, rule, bits, flips, budget) == want);
     REQUIRE(solve<Wide>(q, k, rule, 32, flips, budget) == want);
-    if (bits <= 4) REQUIRE(solve<DenseAutomaton>(q, k, rule, bits, flips, budget) == want);
+    if (bits <= 4) {
+      REQUIRE(solve<DenseAutomaton>(q, k, rule, bits, flips, budget) == want);
+      REQUIRE(solve<LongDenseAutomaton>(q, k, rule, bits, flips, budget) == want);
+    }
   }
 }
 

@@ -231,3 +231,22 @@ def test_context_manager_releases_what_it_held():
     with fed(*pair(100)) as memory:
         assert memory.lengths.tolist() == [100]
     assert memory.lengths.tolist() == [0]
+
+
+def test_a_byte_budget_bounds_the_state():
+    memory = SuffixMemory(1, 2, bits=4, max_bytes=1_000_000)
+    q, k = pair(20_000)
+    memory.extend(q, k)
+    assert memory.reserved_nbytes <= 1_000_000
+    start = int(memory.starts[0])
+    assert 0 < start < 20_000
+    tail_q, tail_k = pair(300, seed=5)
+    whole = [np.concatenate([x[..., start:], t], -1) for x, t in ((q, tail_q), (k, tail_k))]
+    position, length, _ = native.match(*whole)
+    found = memory.extend(tail_q, tail_k)
+    assert memory.starts.tolist() == [start]
+    np.testing.assert_array_equal(found.length, length[..., -300:])
+    absolute = np.where(position >= 0, position + start, -1)
+    np.testing.assert_array_equal(found.position, absolute[..., -300:])
+    with pytest.raises(InvalidInputError, match="max_bytes"):
+        SuffixMemory(1, 64, bits=4, max_bytes=1000)

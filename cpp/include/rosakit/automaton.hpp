@@ -107,7 +107,10 @@ class Automaton {
   /// Marks `position` as the latest end along the link chain above `u`; returns the states visited.
   u32 propagate(u32 u, i32 position) {
     u32 steps = 0;
-    for (u32 v = states_[u].link; v != kRoot; v = states_[v].link, ++steps) set_end(v, position);
+    for (u32 v = states_[u].link; v != kRoot; v = states_[v].link, ++steps) {
+      set_end(v, position);
+      prefetch_row(v);  // the next key is looked up along the same chain
+    }
     return steps;
   }
   void set_end(u32 u, i32 position) { set(u, kEnd, &State::end, position); }

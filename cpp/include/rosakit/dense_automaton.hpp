@@ -1,6 +1,6 @@
-// The suffix automaton of a short stream over a small alphabet: every state has a full row of 16-bit
-// targets, so a transition is one load without branches. Twice the bytes of Automaton, and faster
-// while they fit the second-level cache. For whole-sequence calls; same interface as Automaton.
+// The suffix automaton over a small alphabet with a full row of targets in every state: a transition
+// is one load without branches. Two (16-bit numbering) to four times the bytes of Automaton, and about
+// twice as fast, in cache or not. For whole-sequence calls; same interface as Automaton.
 #pragma once
 
 #include <algorithm>
@@ -9,11 +9,13 @@
 
 namespace rosakit {
 
-class DenseAutomaton {
+template <class Id>
+class Dense {
  public:
   using Symbol = u8;
+  using End = std::make_signed_t<Id>;
   static constexpr unsigned kMaxBits = 4;
-  static constexpr std::size_t kMaxSymbols = 32760;  // states are numbered by 16 bits
+  static constexpr std::size_t kMaxSymbols = sizeof(Id) == 2 ? 32760 : std::size_t{1} << 29;
 
   /// Room for the stream must be reserved before it is appended.
   void reset(unsigned) {
@@ -36,27 +38,34 @@ class DenseAutomaton {
   u32 len(u32 u) const { return meta_[u].len; }
   u32 find(u32 u, u32 s) const { return rows_[u].next[s & 15u]; }
 
+  void prefetch_row(u32 u) const { __builtin_prefetch(&rows_[u]); }
+  template <class F>
+  void for_each(u32 u, F&& f) const {
+    for (u32 s = 0; s < 16; ++s)
+      if (rows_[u].next[s]) f(s, u32{rows_[u].next[s]});
+  }
+
   Appended append(u32 c) {
     const u32 cur = new_state(length_ + 1, static_cast<i32>(length_));
     ++length_;
     u32 p = last_, t;
     last_ = cur;
     for (; (t = rows_[p].next[c]) == 0; p = meta_[p].link) {
-      rows_[p].next[c] = static_cast<u16>(cur);
+      rows_[p].next[c] = static_cast<Id>(cur);
       if (p == 0) return {cur, 0, 0};
     }
     const u32 plen = meta_[p].len + 1u;
     if (meta_[t].len == plen) {
-      meta_[cur].link = static_cast<u16>(t);
+      meta_[cur].link = static_cast<Id>(t);
       return {cur, 0, 0};
     }
     const u32 clone = size_++;
     rows_[clone] = rows_[t];
     meta_[clone] = meta_[t];
-    meta_[clone].len = static_cast<u16>(plen);
-    meta_[t].link = meta_[cur].link = static_cast<u16>(clone);
+    meta_[clone].len = static_cast<Id>(plen);
+    meta_[t].link = meta_[cur].link = static_cast<Id>(clone);
     for (; rows_[p].next[c] == t; p = meta_[p].link) {
-      rows_[p].next[c] = static_cast<u16>(clone);
+      rows_[p].next[c] = static_cast<Id>(clone);
       if (p == 0) break;
     }
     return {cur, clone, t};
@@ -65,29 +74,31 @@ class DenseAutomaton {
   /// Four states at a time: the root is its own link, and its end is never read, so overshooting it
   /// is harmless and costs less than mispredicting where the chain stops.
   u32 propagate(u32 u, i32 position) {
-    const auto end = static_cast<i16>(position);
+    const auto end = static_cast<End>(position);
     u32 steps = 0;
     for (u32 v = meta_[u].link; v != 0; steps += 4)
       for (int i = 0; i < 4; ++i) {
         meta_[v].end = end;
+        // The next key is looked up along the same chain.
+        if constexpr (sizeof(Id) == 4) __builtin_prefetch(&rows_[v]);
         v = meta_[v].link;
       }
     return steps;
   }
 
  private:
-  struct alignas(32) Row {
-    u16 next[16];
+  struct alignas(16 * sizeof(Id)) Row {
+    Id next[16];
   };
-  struct alignas(8) Meta {
-    u16 link, len;
-    i16 end;
+  struct alignas(4 * sizeof(Id)) Meta {
+    Id link, len;
+    End end;
   };
 
   u32 new_state(u32 length, i32 position) {
     const u32 id = size_++;
     rows_[id] = Row{};
-    meta_[id] = {0, static_cast<u16>(length), static_cast<i16>(position)};
+    meta_[id] = {0, static_cast<Id>(length), static_cast<End>(position)};
     return id;
   }
 
@@ -95,5 +106,8 @@ class DenseAutomaton {
   Buffer<Meta> meta_;
   u32 size_ = 0, last_ = 0, length_ = 0;
 };
+
+using DenseAutomaton = Dense<u16>;
+using LongDenseAutomaton = Dense<u32>;
 
 }  // namespace rosakit

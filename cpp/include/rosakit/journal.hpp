@@ -33,7 +33,7 @@ class Journal {
     if (marks_.size() > 2 * depth) drop(marks_.size() - depth);
     state_floor_ = states;
     row_floor_ = rows;
-    Mark mark;
+    Mark mark{};
     mark.entries = static_cast<u32>(entries_.size());
     mark.states = states;
     mark.rows = rows;
@@ -65,7 +65,9 @@ class Journal {
  private:
   void drop(std::size_t steps) {
     const u32 first = marks_[steps].entries;
-    std::memmove(entries_.data(), entries_.data() + first, (entries_.size() - first) * sizeof(Entry));
+    if (entries_.size() > first)
+      std::memmove(entries_.data(), entries_.data() + first,
+                   (entries_.size() - first) * sizeof(Entry));
     entries_.resize(entries_.size() - first);
     for (std::size_t i = steps; i < marks_.size(); ++i) {
       marks_[i - steps] = marks_[i];

@@ -20,7 +20,8 @@ class Lane {
   /// A copy that shares all pages. Safe to call from several threads as long as nobody feeds the
   /// source, which only its sole owner may.
   virtual std::shared_ptr<Lane> clone() const = 0;
-  virtual u32 length() const = 0;
+  virtual u32 length() const = 0;  // symbols fed
+  virtual u32 start() const = 0;   // the first symbol that is still remembered
   /// Whether the lane can take `n` more symbols.
   virtual bool has_room(std::size_t n) const = 0;
 
@@ -34,6 +35,10 @@ class Lane {
   /// is the caller's to keep between the stages.
   virtual void approach(unsigned stage, u32 q, u32 k, u32& chain) const = 0;
   virtual void truncate(u32 length) = 0;
+  /// Of an empty lane: lets its stream start at `position`.
+  virtual void skip(u32 position) = 0;
+  /// Forgets all but the last `keep` symbols, as if the stream had started there.
+  virtual void evict(u32 keep) = 0;
 
   virtual u32 query(u32 i) const = 0;
   virtual u32 key(u32 i) const = 0;
@@ -56,8 +61,8 @@ class TypedLane final : public Lane {
     attach_journal();
   }
   TypedLane(const TypedLane& other)
-      : rule_(other.rule_), bits_(other.bits_), self_(other.self_), before_(other.before_),
-        engine_(other.engine_), keys_(other.keys_), queries_(other.queries_), journal_(other.journal_) {
+      : rule_(other.rule_), bits_(other.bits_), self_(other.self_), start_(other.start_),
+        before_(other.before_), engine_(other.engine_), keys_(other.keys_), queries_(other.queries_), journal_(other.journal_) {
     attach_journal();
   }
   TypedLane& operator=(const TypedLane&) = delete;
@@ -66,7 +71,8 @@ class TypedLane final : public Lane {
     std::lock_guard lock(copying_);
     return std::make_shared<TypedLane>(*this);
   }
-  u32 length() const override { return static_cast<u32>(keys_.size()); }
+  u32 length() const override { return start_ + static_cast<u32>(keys_.size()); }
+  u32 start() const override { return start_; }
   bool has_room(std::size_t n) const override {
     return keys_.size() + n <= Automaton<kWide>::kMaxSymbols;
   }
@@ -74,14 +80,15 @@ class TypedLane final : public Lane {
   void step(u32 q, u32 k, bool undoable, i32* position, i32* length) override {
     const Hit h = feed(q, k, undoable);
     const bool ok = h.length && h.length >= rule_.min_length;
-    *position = ok ? h.end + 1 : kNull;
+    *position = ok ? static_cast<i32>(start_) + h.end + 1 : kNull;
     *length = ok ? static_cast<i32>(h.length) : 0;
   }
   void step_candidates(u32 token, unsigned candidates, bool undoable, i32* position,
                        i32* length) override {
     feed(token, token, undoable);
     static thread_local Candidates scratch;
-    scratch.collect(stream(), stream().at, candidates, rule_.min_length, 0, position, length);
+    scratch.collect(stream(), stream().at, candidates, rule_.min_length, static_cast<i32>(start_), position,
+                    length);
   }
 
   void approach(unsigned stage, u32 q, u32 k, u32& chain) const override {
@@ -109,20 +116,33 @@ class TypedLane final : public Lane {
   }
 
   void truncate(u32 length) override {
-    if (length >= keys_.size()) return;
-    const std::size_t surplus = keys_.size() - length;
+    if (length >= this->length()) return;
+    if (length < start_) {  // what it would go back to is forgotten: an empty memory of that length
+      start_ = length;
+      replay(0, 0);
+      return;
+    }
+    const std::size_t kept = length - start_, surplus = keys_.size() - kept;
     if (surplus <= journal_.steps()) {
       for (std::size_t s = 0; s < surplus; ++s)
         journal_.undo_step([this](const auto& e) { undo_entry(e); },
                            [this](const auto& m) { undo_mark(m); });
-      shorten(length);
+      keys_.resize(kept);
+      if (!self_) queries_.resize(kept);
     } else {
-      replay(length);
+      replay(0, kept);
     }
   }
+  void skip(u32 position) override { start_ = position; }
+  void evict(u32 keep) override {
+    if (keep >= keys_.size()) return;
+    const std::size_t first = keys_.size() - keep;
+    start_ += static_cast<u32>(first);
+    replay(first, keys_.size());
+  }
 
-  u32 query(u32 i) const override { return self_ ? keys_[i] : queries_[i]; }
-  u32 key(u32 i) const override { return keys_[i]; }
+  u32 query(u32 i) const override { return self_ ? keys_[i - start_] : queries_[i - start_]; }
+  u32 key(u32 i) const override { return keys_[i - start_]; }
   bool self() const override { return self_; }
   bool linked() const override { return stream().linked; }
   std::size_t live_bytes() const override {
@@ -172,6 +192,8 @@ class TypedLane final : public Lane {
       engine_.step(q, k, rule_, 0, nullptr);
       return engine_.hit();
     } else {
+      if (self_ && rule_.max_length == kUnlimited && !engine_.linked)
+        return before_ = engine_.append_self(k);
       engine_.advance(q, rule_.max_length);
       // A match that goes on keeps its (latest) place: no need to ask the link-cut tree.
       const u32 next = static_cast<u32>(before_.end) + 1;
@@ -222,11 +244,8 @@ class TypedLane final : public Lane {
       before_ = {static_cast<i32>(mark.scalars[4]), mark.scalars[5]};
     }
   }
-  void shorten(u32 length) {
-    keys_.resize(length);
-    if (!self_) queries_.resize(length);
-  }
-  void replay(u32 length) {
+  /// Starts anew from the symbols first..last of those remembered.
+  void replay(std::size_t first, std::size_t last) {
     journal_.turn(false);
     engine_.reset(bits_);
     before_ = {};
@@ -234,13 +253,14 @@ class TypedLane final : public Lane {
     const bool self = std::exchange(self_, true);
     keys_ = {};
     queries_ = {};
-    for (u32 i = 0; i < length; ++i)
-      feed(self ? keys[i] : queries[i], keys[i], i + kUndoDepth >= length);
+    for (std::size_t i = first; i < last; ++i)
+      feed(self ? keys[i] : queries[i], keys[i], i + kUndoDepth >= last);
   }
 
   Rule rule_;
   unsigned bits_;
   bool self_ = true;
+  u32 start_ = 0;
   Hit before_;  // token granularity: the last match
   Engine engine_;
   PagedArray<Symbol> keys_, queries_;

@@ -57,7 +57,8 @@ template <class Tree>
 class Offline {
  public:
   /// `primary[i]` is the state that keys[0..i] as a whole belongs to.
-  void build(const Tree& tree, const Buffer<u32>& primary) {
+  /// `flips`: also prepare for queries by symbols that the stream did not go on with.
+  void build(const Tree& tree, const Buffer<u32>& primary, bool flips) {
     tree_ = &tree;
     const u32 n = tree.size(), symbols = tree.length();
     sort_by_length(n, symbols);
@@ -85,6 +86,8 @@ class Offline {
     slot_.resize(symbols);
     for (u32 i = 0; i < symbols; ++i) slot_[i] = begin_[primary[i]];
     build_jumps(n);
+    hops_ = flips;
+    if (flips) build_hops(n);
     recency_.reset(symbols);
     known_ = 0;
   }
@@ -112,7 +115,12 @@ class Offline {
     u32 t = target(u, s, by);
     if (!t) {
       if (!u || !target(0, s, by)) return {};
-      for (int tries = 0; tries < 3 && !t; ++tries) t = target(u = tree_->link(u), s, by);
+      if (hops_) {
+        while (!(symbols_[u] >> (s & 63u) & 1u)) u = hop_[u];
+        t = target(u, s, by);
+      } else {
+        for (int tries = 0; tries < 3 && !t; ++tries) t = target(u = tree_->link(u), s, by);
+      }
       while (!t) {
         const u32 j = jump_[u];
         const u32 tj = target(j, s, by);
@@ -163,9 +171,28 @@ class Offline {
     }
   }
 
+  /// Symbols that go on from a state go on from its ancestors: where a state lacks one, its nearest
+  /// ancestor with other symbols is the next that may have it. At most 64 hops reach the root.
+  void build_hops(u32 n) {
+    symbols_.resize(n);
+    hop_.resize(n);
+    for (u32 k = 0; k < n; ++k) {
+      const u32 u = order_[k];
+      u64 set = 0;
+      tree_->for_each(u, [&](u32 s, u32) { set |= u64{1} << (s & 63u); });
+      symbols_[u] = set;
+      const u32 p = u ? tree_->link(u) : 0;
+      hop_[u] = symbols_[p] == set ? hop_[p] : p;
+      if (!u) hop_[u] = 0;
+    }
+  }
+
   const Tree* tree_ = nullptr;
   Buffer<u32> order_, count_, slots_, begin_, fill_, slot_, jump_, depth_;
   Buffer<i32> first_;
+  Buffer<u64> symbols_;  // of a state's transitions, modulo 64
+  Buffer<u32> hop_;
+  bool hops_ = false;
   RecencyTree recency_;
   i32 known_ = 0;
 };

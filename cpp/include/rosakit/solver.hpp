@@ -5,6 +5,8 @@
 // whose cost does not depend on the input.
 #pragma once
 
+#include <algorithm>
+
 #include "rosakit/offline.hpp"
 #include "rosakit/run_stream.hpp"
 
@@ -57,19 +59,26 @@ class Solver {
     stream.reset(symbol_bits_);
     Hit flips[16];
     u32 i = 0;
-    for (; i < n && walked_ + stream.chain_steps <= budget.at(i); ++i) {
+    const bool self = cap == kUnlimited && std::equal(q, q + n, k);
+    for (; i < n && stream.chain_steps <= budget.at(i) && walked_ <= budget.at(i); ++i) {
       if (out_.bits) {
         walked_ += stream.flips(q[i], out_.bits, cap, flips);
         for (unsigned m = 0; m < out_.bits; ++m) write_flip(i, m, flips[m]);
       }
-      stream.advance(q[i], cap);
-      write(i, stream.hit());
-      primary_.push_back(stream.append(k[i]));
+      if (self) {
+        write(i, stream.append_self(k[i]));
+        primary_.push_back(stream.tree.last());
+      } else {
+        stream.advance(q[i], cap);
+        stream.tree.prefetch_row(stream.at.state);
+        write(i, stream.hit());
+        primary_.push_back(stream.append(k[i]));
+      }
     }
     if (i == n) return;
     for (u32 j = i; j < n; ++j) primary_.push_back(stream.tree.append(k[j]).state);
     stream.normalise();
-    offline_.build(stream.tree, primary_);
+    offline_.build(stream.tree, primary_, out_.bits > 0);
     Cursor at = stream.at;
     Hit before{};
     for (; i < n; ++i) {
@@ -95,7 +104,7 @@ class Solver {
     runs_.reset(symbol_bits_);
     Hit flips[16];
     u32 i = 0;
-    for (; i < n && runs_.walked + runs_.stream.chain_steps <= budget.at(i); ++i) {
+    for (; i < n && runs_.walked <= budget.at(i) && runs_.stream.chain_steps <= budget.at(i); ++i) {
       const bool fresh = runs_.step(q[i], k[i], rule_, out_.bits, flips);
       if (primary_.size() < runs_.stream.tree.length()) primary_.push_back(runs_.stream.tree.last());
       write(i, runs_.hit());
@@ -117,7 +126,7 @@ class Solver {
     for (u32 j = i; j < n; last = k[j++])
       if (k[j] != last) primary_.push_back(tree.append(k[j]).state);
     runs_.stream.normalise();
-    offline_.build(tree, primary_);
+    offline_.build(tree, primary_, out_.bits > 0);
     // `whole`: the query's place among all key runs; `at`: its place among the known ones.
     const i32 all = static_cast<i32>(tree.length());
     Cursor at = runs_.stream.at, whole{};

@@ -27,7 +27,7 @@ struct NoForest {
 
 /// Link steps that walking chains may take up to stream position i.
 struct Budget {
-  u64 per_symbol = 32, base = 8192;
+  u64 per_symbol = 24, base = 2048;
   u64 at(u64 i) const { return per_symbol * i + base; }
 };
 
@@ -50,6 +50,18 @@ struct Stream {
     at = {};
     chain_steps = 0;
     linked = false;
+  }
+
+  /// Advances a self-matching stream by one symbol and returns its match: the newest state's link is
+  /// the longest suffix that occurred before.
+  Hit append_self(u32 key) {
+    const Appended a = tree.append(key);
+    const i32 position = static_cast<i32>(tree.length() - 1);
+    at.state = tree.link(a.state);
+    at.length = tree.len(at.state);
+    const Hit found = hit();
+    chain_steps += tree.propagate(a.state, position);
+    return found;
   }
 
   /// Appends a key, makes it known to every state it ends in, and keeps the cursor's state right.
@@ -117,8 +129,12 @@ struct Stream {
   /// For each bit m < bits: the match of the query whose next symbol is s with bit m flipped.
   /// Returns the link steps taken.
   u32 flips(u32 s, unsigned bits, u32 cap, Hit* out) const {
-    u32 pending = (u32{1} << bits) - 1, steps = 0;
-    for (unsigned m = 0; m < bits; ++m) out[m] = {};
+    u32 pending = 0, steps = 0;
+    for (unsigned m = 0; m < bits; ++m) {
+      out[m] = {};
+      if (tree.find(0, s ^ (u32{1} << m))) pending |= u32{1} << m;  // else it never occurred
+    }
+    if (!pending) return 0;
     u32 u = at.state, length = at.length;
     for (;; ++steps) {
       for (u32 rest = pending; rest; rest &= rest - 1) {

@@ -45,6 +45,9 @@ class SuffixMemory:
         bits: bits a symbol, 1 to 16; None for token ids (int32, nonnegative).
         symbols: "int32" says token ids explicitly; only with ``bits=None``.
         granularity, successor, max_length, min_length: as in `rosakit.ops.suffix_match`.
+        max_bytes: bound on the bytes reserved. Before it would be passed, the row that remembers
+            most forgets the older half of it (`starts`); matches stay exact among the positions
+            still remembered.
 
     Example:
         >>> memory = SuffixMemory(batch=1, routes=512, bits=4)
@@ -68,6 +71,7 @@ class SuffixMemory:
         successor: str = "available",
         max_length: int | None = None,
         min_length: int = 1,
+        max_bytes: int | None = None,
     ) -> None:
         native = core()
         if batch < 0 or routes < 1:
@@ -81,7 +85,10 @@ class SuffixMemory:
                 f"bits={bits}, symbols={symbols!r}: give bits from 1 to 16, or symbols='int32'"
             )
         rule = _checks.rule(granularity, successor, max_length, min_length)
-        self._state = native.SuffixMemory(batch, routes, bits or 0, *rule)
+        try:
+            self._state = native.SuffixMemory(batch, routes, bits or 0, *rule, max_bytes or 0)
+        except ValueError as error:
+            raise InvalidInputError(str(error)) from None
 
     @classmethod
     def _wrap(cls, state: Any) -> SuffixMemory:
@@ -108,6 +115,11 @@ class SuffixMemory:
     def lengths(self) -> Array:
         """int64 ``[B]``: symbols that each row remembers."""
         return np.asarray(self._state.lengths(), np.int64)
+
+    @property
+    def starts(self) -> Array:
+        """int64 ``[B]``: each row's first position still remembered; 0 without `max_bytes`."""
+        return np.asarray(self._state.starts(), np.int64)
 
     @property
     def nbytes(self) -> int:
@@ -268,7 +280,7 @@ class SuffixMemory:
     def _from_bytes(cls, data: bytes, source: str) -> SuffixMemory:
         try:
             return cls._wrap(core().SuffixMemory.deserialize(data))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{source}: {error}") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
