@@ -137,7 +137,8 @@ def counterfactual_backward(
                 bits,
                 (UNMATCHED[unmatched], int(soft_values), key_credit, temperature, deterministic),
             )
-    de0, de1, de_null = partials.sum(0)
+    # Clones: an operator's outputs must not share memory (torch raises an error otherwise).
+    de0, de1, de_null = (total.clone() for total in partials.sum(0))
     return dq, dk, dv, de0.to(e0.dtype), de1.to(e1.dtype), de_null
 
 
