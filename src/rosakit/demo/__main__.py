@@ -115,7 +115,7 @@ def _finish(result: EvaluationResult, options: argparse.Namespace) -> int:
     png, svg = plot_perplexity_and_needles(result, options.output / "results")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     first = next(iter(result.variants.values()))
-    console.print(f"\n[bold]Held-out {result.settings.get('kind', 'code')}[/bold], by position")
+    console.print(f"\n[bold]Held-out {result.settings.get('kind', 'files')}[/bold], by position")
     console.print(result_table(result))
     for kind in first.other:
         console.print(f"[bold]Held-out {kind}[/bold]")

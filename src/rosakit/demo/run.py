@@ -137,6 +137,7 @@ def run_demo(
         now - began,
         {
             "name": model_name if "/" not in model_name else Path(model_name).stem,
+            "kind": kinds[0],
             "window": recipe.window,
             "sink_tokens": recipe.sink_tokens,
             "recipe": recipe.to_dict(),

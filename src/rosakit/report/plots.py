@@ -21,13 +21,14 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "control": {"color": "#1f77b4", "linestyle": "--", "marker": "x"},
     "rosa": {"color": "#2ca02c", "linestyle": "-", "marker": "D", "linewidth": 2.5},
 }
+_BASELINE = "window+sinks"
 _SPARE = ("#9467bd", "#8c564b", "#e377c2", "#17becf")
 
 
 def plot_perplexity_and_needles(
     result: EvaluationResult, stem: str | os.PathLike[str], *, title: str | None = None
 ) -> tuple[Path, Path]:
-    """Perplexity by position (all variants; then without the bare window), and needles.
+    """Perplexity by position, the same against the untrained window with sinks, and needles.
 
     Args:
         result: what was measured.
@@ -45,48 +46,63 @@ def plot_perplexity_and_needles(
     if not result.variants:
         raise InvalidInputError("there is nothing to plot: the result has no variants")
     needles = [n for n, v in result.variants.items() if v.niah is not None and v.niah.beyond]
-    width = 3 if needles else 2
+    names = list(result.variants)
+    # The bare window is worse by so much that nothing else could be seen beside it.
+    near = [n for n in names if n != "window"] if _BASELINE in names else []
+    width = 1 + bool(near) + bool(needles)
     # A figure of its own instead of pyplot: no global state, no display.
     figure = Figure(figsize=(5.2 * width, 4.6), layout="constrained")
-    axes = figure.subplots(1, width, squeeze=False)[0]
-    names = list(result.variants)
-    without = [n for n in names if n != "window"] or names
-    _curves(axes[0], result, names, logarithmic=True)
-    axes[0].set_title("perplexity by position")
-    _curves(axes[1], result, without, logarithmic=False)
-    axes[1].set_title("without the bare window" if without != names else "linear")
+    axes = list(figure.subplots(1, width, squeeze=False)[0])
+    _curves(axes[0], result, names)
     axes[0].legend(frameon=False, fontsize=9)
+    if near:
+        _changes(axes[1], result, near)
     if needles:
-        _bars(axes[2], result, needles)
+        _bars(axes[-1], result, needles)
     figure.suptitle(_describe(result) if title is None else title, fontsize=11)
     return _save(figure, Path(stem))
 
 
-def _curves(
-    axis: Any, result: EvaluationResult, names: Sequence[str], *, logarithmic: bool
-) -> None:
+def _curves(axis: Any, result: EvaluationResult, names: Sequence[str]) -> None:
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
     labels: list[str] = []
     for index, name in enumerate(names):
         values = result.variants[name].perplexity.ppl_by_position
         labels += [label for label in values if label not in labels]
+        places = [labels.index(label) for label in values]
+        axis.plot(places, list(values.values()), label=name, **_look(name, index))
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_ylim()
+    ticks = (2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60, 80, 100, 150, 200, 500, 1000)
+    axis.set_yticks([t for t in ticks if low <= t <= high] or [low, high])
+    axis.set_title("perplexity on held-out files")
+    _positions(axis, labels, result)
+
+
+def _changes(axis: Any, result: EvaluationResult, names: Sequence[str]) -> None:
+    """Perplexity relative to the untrained window with sinks, in percent."""
+    reference = result.variants[_BASELINE].perplexity.ppl_by_position
+    labels = list(reference)
+    for index, name in enumerate(names):
+        values = result.variants[name].perplexity.ppl_by_position
+        shared = [label for label in values if label in reference]
         axis.plot(
-            [labels.index(label) for label in values],
-            list(values.values()),
+            [labels.index(label) for label in shared],
+            [100 * (values[label] / reference[label] - 1) for label in shared],
             label=name,
             **_look(name, index),
         )
+    axis.set_title(f"change against {_BASELINE}, %")
+    _positions(axis, labels, result)
+
+
+def _positions(axis: Any, labels: Sequence[str], result: EvaluationResult) -> None:
+    """The axis of position buckets, with the window's edge."""
     axis.set_xticks(range(len(labels)), labels)
     axis.set_xlabel("position in the file, tokens")
-    axis.set_ylabel("perplexity on held-out files")
-    if logarithmic:
-        from matplotlib.ticker import NullFormatter, ScalarFormatter
-
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        low, high = axis.get_ylim()
-        ticks = (2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60, 80, 100, 150, 200, 500, 1000)
-        axis.set_yticks([t for t in ticks if low <= t <= high] or [low, high])
     axis.grid(alpha=0.25)
     window = result.settings.get("window")
     edges = [int(label.split("-")[1]) for label in labels]
@@ -95,10 +111,10 @@ def _curves(
         axis.axvline(place, color="#555555", linewidth=1, linestyle=":")
         axis.text(
             place - 0.04,
-            0.98,
+            0.03,
             f"window ({window})",
             rotation=90,
-            va="top",
+            va="bottom",
             ha="right",
             fontsize=8,
             color="#555555",
@@ -116,10 +132,10 @@ def _bars(axis: Any, result: EvaluationResult, names: Sequence[str]) -> None:
         axis.text(index, share + 0.02, f"{share:.0%}", ha="center", fontsize=9)
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axis.set_ylim(0, 1.12)
-    axis.set_ylabel("needles recalled exactly")
+    axis.set_ylabel("share recalled exactly")
     first = result.variants[names[0]].niah
     assert first is not None
-    axis.set_title(f"needle in a haystack, {first.beyond} needles beyond the window")
+    axis.set_title(f"needles beyond the window ({first.beyond})")
     axis.grid(alpha=0.25, axis="y")
 
 

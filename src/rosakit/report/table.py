@@ -71,7 +71,7 @@ def gap_lines(
                 continue
             near, far = (x.buckets[bucket].nll / x.buckets[bucket].tokens for x in (ours, theirs))
             text = (
-                f"{kind or 'held-out text'}, tokens {ours.buckets[bucket].label}: {variant} "
+                f"{kind or result.settings.get('kind', 'held-out text')}, tokens {ours.buckets[bucket].label}: {variant} "
                 f"{math.exp(near):.2f}, {control} {math.exp(far):.2f} "
                 f"({100 * (math.exp(near - far) - 1):+.1f}%)"
             )
