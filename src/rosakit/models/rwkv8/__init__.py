@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from rosakit.models.rwkv8.generation import generate
 from rosakit.models.rwkv8.loading import load, save
 from rosakit.models.rwkv8.mixing import FeedForward, TimeMix
 from rosakit.models.rwkv8.models import (
@@ -20,9 +21,10 @@ from rosakit.models.rwkv8.models import (
     RosaLMConfig,
     RosaModel,
 )
+from rosakit.models.rwkv8.recurrence import wkv7
 from rosakit.models.rwkv8.rosa_layers import RosaBlock, RosaQkvLayer, RosaStreamLayer, TokenMemory
 from rosakit.models.rwkv8.state import State
-from rosakit.models.rwkv8.wkv7 import wkv7
+from rosakit.models.rwkv8.tokenizer import WorldTokenizer
 
 __all__ = [
     "CountingConfig",
@@ -39,6 +41,8 @@ __all__ = [
     "State",
     "TimeMix",
     "TokenMemory",
+    "WorldTokenizer",
+    "generate",
     "load",
     "save",
     "wkv7",

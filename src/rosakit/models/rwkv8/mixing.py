@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rosakit.errors import InvalidInputError
+from rosakit.models.rwkv8.recurrence import Wkv7Backend, wkv7
 from rosakit.models.rwkv8.rosa_layers import time_shift
 from rosakit.models.rwkv8.state import State
-from rosakit.models.rwkv8.wkv7 import Wkv7Backend, wkv7
 
 NORM_EPS = 64e-5  # of the per-head normalisation, whatever the head size
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rosakit.errors import InvalidInputError, InvalidTypeError
 from rosakit.models.rwkv8.mixing import FeedForward, TimeMix
+from rosakit.models.rwkv8.recurrence import Wkv7Backend
 from rosakit.models.rwkv8.rosa_layers import (
     RosaBlock,
     RosaOperator,
@@ -23,7 +24,6 @@ from rosakit.models.rwkv8.rosa_layers import (
     TokenMemory,
 )
 from rosakit.models.rwkv8.state import State
-from rosakit.models.rwkv8.wkv7 import Wkv7Backend
 from rosakit.ops import estimators
 
 
@@ -114,7 +114,7 @@ class RosaModel(nn.Module):
                 module.rosa_options = shared
 
     def use_wkv7(self, backend: Wkv7Backend) -> None:
-        """Choose who computes RWKV-7's recurrence; see :func:`~rosakit.models.rwkv8.wkv7.wkv7`."""
+        """Choose who computes RWKV-7's recurrence: a backend of :func:`wkv7`."""
         for module in self.modules():
             if isinstance(module, TimeMix):
                 module.backend = backend

@@ -10,7 +10,7 @@ import torch
 
 from rosakit.errors import BackendError, InvalidInputError
 from rosakit.models.rwkv8 import wkv7
-from rosakit.models.rwkv8.wkv7 import wkv7_chunked, wkv7_fla, wkv7_reference
+from rosakit.models.rwkv8.recurrence import wkv7_chunked, wkv7_fla, wkv7_reference
 
 NAMES = ("r", "log_w", "k", "v", "a", "b", "state")
 
