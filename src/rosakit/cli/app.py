@@ -16,6 +16,8 @@ __all__ = ["build"]
 
 def build() -> typer.Typer:
     """The command line as a callable."""
+    from rosakit.models.rwkv8.cli import rwkv8_app
+
     app = typer.Typer(
         help="Long-range memory for windowed language models.",
         no_args_is_help=True,
@@ -29,6 +31,7 @@ def build() -> typer.Typer:
     app.command("eval")(evaluate)
     app.command()(generate)
     app.command()(info)
+    app.add_typer(rwkv8_app, name="rwkv8")
     return app
 
 
