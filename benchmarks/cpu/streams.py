@@ -51,6 +51,9 @@ def _noisy(k: NDArray[np.int64], alphabet: int, rng: np.random.Generator) -> NDA
     return np.where(flip, rng.integers(0, alphabet, len(k)), k)
 
 
+MIXED = ("fibonacci", "iid", "period7", "mk", "constant")
+
+
 def draw(family: str, n: int, bits: int, seed: int) -> tuple[Symbols, Symbols]:
     """One stream of a family (`FAMILIES`)."""
     rng = np.random.default_rng([seed, bits])
@@ -73,7 +76,7 @@ def draw(family: str, n: int, bits: int, seed: int) -> tuple[Symbols, Symbols]:
         "one_mark": lambda: (np.arange(n) == n // 2).astype(np.int64),
         "binary": lambda: rng.integers(0, 2, n),
         "mixed": lambda: np.concatenate(
-            [draw(f, n // 5 + 1, bits, seed)[1] for f in ("fibonacci", "iid", "period7", "mk", "constant")]
+            [draw(f, n // 5 + 1, bits, seed)[1] for f in MIXED]
         )[:n].astype(np.int64),
     }  # fmt: skip
     k = makers[family]()

@@ -48,6 +48,7 @@ constexpr std::size_t kLongDense = std::size_t{1} << 21;
 struct Scratch {
   Solver<DenseAutomaton> dense;
   Solver<LongDenseAutomaton> long_dense;
+  Solver<LongSmallAutomaton> long_small;
   Solver<Automaton<false>> narrow;
   std::unique_ptr<Solver<Automaton<true>>> wide;
   Buffer<u8> q8, k8;
@@ -109,6 +110,9 @@ void match_segment(Scratch& scratch, const T* q, const T* k, std::size_t n, cons
   if (bits <= DenseAutomaton::kMaxBits && n <= DenseAutomaton::kMaxSymbols) {
     scratch.dense.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8), static_cast<u32>(n), rule,
                         bits, out);
+  } else if (bits <= LongSmallAutomaton::kMaxBits && n <= kLongDense) {
+    scratch.long_small.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8), static_cast<u32>(n),
+                             rule, bits, out);
   } else if (bits <= LongDenseAutomaton::kMaxBits && n <= kLongDense) {
     scratch.long_dense.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8), static_cast<u32>(n),
                              rule, bits, out);

@@ -44,6 +44,7 @@ TEST_CASE("every phase of the solver gives the definition") {
     if (bits <= 4) {
       REQUIRE(solve<DenseAutomaton>(q, k, rule, bits, flips, budget) == want);
       REQUIRE(solve<LongDenseAutomaton>(q, k, rule, bits, flips, budget) == want);
+      if (bits <= 2) REQUIRE(solve<LongSmallAutomaton>(q, k, rule, bits, flips, budget) == want);
     }
   }
 }

@@ -9,12 +9,13 @@
 
 namespace rosakit {
 
-template <class Id>
+/// `Id` numbers states; `kBits`: symbols are below 2^kBits.
+template <class Id, unsigned kBits>
 class Dense {
  public:
   using Symbol = u8;
   using End = std::make_signed_t<Id>;
-  static constexpr unsigned kMaxBits = 4;
+  static constexpr unsigned kMaxBits = kBits;
   static constexpr std::size_t kMaxSymbols = sizeof(Id) == 2 ? 32760 : std::size_t{1} << 29;
 
   /// Room for the stream must be reserved before it is appended.
@@ -36,12 +37,12 @@ class Dense {
   u32 link(u32 u) const { return meta_[u].link; }
   i32 end(u32 u) const { return meta_[u].end; }
   u32 len(u32 u) const { return meta_[u].len; }
-  u32 find(u32 u, u32 s) const { return rows_[u].next[s & 15u]; }
+  u32 find(u32 u, u32 s) const { return rows_[u].next[s & (kWidth - 1)]; }
 
   void prefetch_row(u32 u) const { __builtin_prefetch(&rows_[u]); }
   template <class F>
   void for_each(u32 u, F&& f) const {
-    for (u32 s = 0; s < 16; ++s)
+    for (u32 s = 0; s < kWidth; ++s)
       if (rows_[u].next[s]) f(s, u32{rows_[u].next[s]});
   }
 
@@ -87,8 +88,9 @@ class Dense {
   }
 
  private:
-  struct alignas(16 * sizeof(Id)) Row {
-    Id next[16];
+  static constexpr u32 kWidth = u32{1} << kBits;
+  struct alignas(kWidth * sizeof(Id)) Row {
+    Id next[kWidth];
   };
   struct alignas(4 * sizeof(Id)) Meta {
     Id link, len;
@@ -107,7 +109,8 @@ class Dense {
   u32 size_ = 0, last_ = 0, length_ = 0;
 };
 
-using DenseAutomaton = Dense<u16>;
-using LongDenseAutomaton = Dense<u32>;
+using DenseAutomaton = Dense<u16, 4>;
+using LongDenseAutomaton = Dense<u32, 4>;
+using LongSmallAutomaton = Dense<u32, 2>;  // for 1 and 2 bits
 
 }  // namespace rosakit
