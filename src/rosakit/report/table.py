@@ -64,6 +64,7 @@ def gap_lines(
     kinds: list[str | None] = [None, *result.variants[variant].other]
     lines = []
     for kind in kinds:
+        label = result.settings.get("kind", "held-out text") if kind is None else kind
         ours, theirs = (_perplexity(result.variants[n], kind) for n in (variant, control))
         best = None if ceiling is None else _perplexity(result.variants[ceiling], kind)
         for bucket in range(len(ours.buckets)):
@@ -71,7 +72,7 @@ def gap_lines(
                 continue
             near, far = (x.buckets[bucket].nll / x.buckets[bucket].tokens for x in (ours, theirs))
             text = (
-                f"{kind or result.settings.get('kind', 'held-out text')}, tokens {ours.buckets[bucket].label}: {variant} "
+                f"{label}, tokens {ours.buckets[bucket].label}: {variant} "
                 f"{math.exp(near):.2f}, {control} {math.exp(far):.2f} "
                 f"({100 * (math.exp(near - far) - 1):+.1f}%)"
             )
