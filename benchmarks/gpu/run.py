@@ -10,7 +10,7 @@ routes of 4 bits (a 2048-wide model), bfloat16; attention has 16 heads of 128 an
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import json
 import platform
 import statistics
@@ -18,13 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import streams
 import torch
 import verify
 from torch import Tensor
 
 import rosakit
+import streams
 from rosakit import cuda
+from rosakit.ops.oracle import suffix_match_oracle
 
 ROUTES, BITS, SEED = 512, 4, 20261122
 CHANNELS = ROUTES * BITS
@@ -95,6 +96,32 @@ def time_matching(report: dict[str, Any]) -> None:
                 del q, k
             report["match"].append(row)
             print(row, flush=True)
+
+
+def time_runs(report: dict[str, Any]) -> None:
+    """Run granularity, at the size of the target."""
+    length = 16384
+    for name in ("random", "repeats", "constant", "noisy_copy", "skewed"):
+        q, k = streams.make(name, ROUTES, length, BITS, SEED)
+        short = q[:, :2, :512].contiguous(), k[:, :2, :512].contiguous()
+        options: dict[str, Any] = {"granularity": "run", "counterfactual_bits": BITS}
+        expected = suffix_match_oracle(*(x.cpu() for x in short), **options)
+        got = cuda.match(*short, **options)
+        correct = all(
+            torch.equal(mine.cpu(), right)
+            for mine, right in zip(got, expected, strict=True)
+            if mine is not None and right is not None
+        )
+        row: dict[str, Any] = {"T": length, "stream": name, "verified": correct}
+        if correct:
+            row["forward_ms"] = median_ms(
+                lambda q=q, k=k: cuda.match(q, k, granularity="run"), repeats=3
+            )
+            row["counterfactual_ms"] = median_ms(
+                lambda q=q, k=k, options=options: cuda.match(q, k, **options), repeats=3
+            )
+        report["runs"].append(row)
+        print(row, flush=True)
 
 
 def whole_step(length: int) -> dict[str, Any]:
@@ -206,14 +233,16 @@ def main() -> None:
             "python": platform.python_version(),
         },
         "seed": SEED,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "shape": {"batch": 1, "routes": ROUTES, "bits": BITS, "dtype": "bfloat16"},
         "match": [],
+        "runs": [],
         "step": [],
         "attention": [],
     }
     torch.manual_seed(SEED)
     time_matching(report)
+    time_runs(report)
     for length in LENGTHS:
         report["step"].append(whole_step(length))
         print(report["step"][-1], flush=True)

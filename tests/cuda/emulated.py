@@ -55,6 +55,8 @@ def match(
     q: np.ndarray,
     k: np.ndarray,
     *,
+    granularity: str = "token",
+    successor: str = "available",
     flips: int = 0,
     max_length: int | None = None,
     min_length: int = 1,
@@ -70,19 +72,22 @@ def match(
     `warp_search` and LARGE_RANGE are small, so that short streams reach the search by a whole
     thread block and the ranges that are kept apart.
     """
-    places = ("RANK_SHARED", "K_SHARED", "Q_SHARED", "ENTRIES_SHARED", "CHAINS_SHARED")
-    levels = (2, 2, 2, 1, 1) if shared else (0, 0, 0, 0, 0)
-    library = build(
-        "match",
-        CF=flips,
-        THREADS=64,
-        MIN_BLOCKS=1,
-        INDEX_BYTES=2 if shared else 4,
-        NARROW_CHAINS=int(narrow and not shared),
-        WARP_SEARCH=warp_search,
-        LARGE_RANGE=9,
-        **dict(zip(places, levels, strict=True)),
-    )
+    if granularity == "run":
+        library = build("runs", CF=flips, THREADS=64, MIN_BLOCKS=1, RANK_SHARED=int(shared))
+    else:
+        places = ("RANK_SHARED", "K_SHARED", "Q_SHARED", "ENTRIES_SHARED", "CHAINS_SHARED")
+        levels = (2, 2, 2, 1, 1) if shared else (0, 0, 0, 0, 0)
+        library = build(
+            "match",
+            CF=flips,
+            THREADS=64,
+            MIN_BLOCKS=1,
+            INDEX_BYTES=2 if shared else 4,
+            NARROW_CHAINS=int(narrow and not shared),
+            WARP_SEARCH=warp_search,
+            LARGE_RANGE=9,
+            **dict(zip(places, levels, strict=True)),
+        )
     batch, routes, length = q.shape
     position = np.full(q.shape, 77777, dtype=np.int32)
     sizes = position.copy()
@@ -91,6 +96,8 @@ def match(
     numbers: list[Any] = [batch * routes, routes, length]
     numbers += [0xFFFFFFFF if max_length is None else max_length, min_length, shift]
     numbers += [min_depth, max_depth, min(2, batch * routes)]
+    if granularity == "run":
+        numbers.append(int(successor == "strict"))
     arrays = (q, k, segment_starts, position, sizes, flipped)
     library.emulate_match(*map(_pointer, arrays), *map(ctypes.c_uint32, numbers))
     return position, sizes, flipped

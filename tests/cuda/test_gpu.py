@@ -55,6 +55,14 @@ def test_options(rules):
     check(500, 4, 4, 2, starts=segments(500, 2), **rules)
 
 
+@pytest.mark.parametrize("successor", ["available", "strict"])
+@pytest.mark.parametrize("length, bits, flips", [(1, 4, 0), (63, 4, 4), (1000, 1, 1), (300, 8, 8)])
+def test_runs(successor, length, bits, flips):
+    rules = {"granularity": "run", "successor": successor}
+    check(length, bits, flips, length, **rules)
+    check(length, bits, flips, 2, starts=segments(length, 3), max_length=30, **rules)
+
+
 def test_rows_of_a_batch_have_their_own_segments():
     q, k = (torch.from_numpy(x).cuda() for x in pairs(300, 4, 5))
     q, k = (x.reshape(1, -1, 300).repeat(2, 1, 1) for x in (q, k))
@@ -164,7 +172,7 @@ def test_a_long_stream_equals_the_second_method():
     constant = torch.zeros(length, dtype=torch.uint8)
     both = torch.stack([k, constant])[None].cuda()
     position, size, _ = cuda.match(both, both)
-    # Every reported match is one, cannot be longer, and the constant stream is known in closed form.
+    # Every match is one and could not be longer; the constant stream is known in closed form.
     index = torch.arange(length, device="cuda")
     assert torch.equal(size[0, 1], index.int())
     assert torch.equal(position[0, 1], torch.where(index > 0, index, -1).int())

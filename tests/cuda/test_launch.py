@@ -50,6 +50,13 @@ def test_plans_fit(length, flips, limit):
         assert plan.scratch_bytes == 0 or places["RANK_SHARED"] < 2
 
 
+@pytest.mark.parametrize("length", [1, 16384, 131072, 1 << 19])
+def test_run_plans_fit(length):
+    plan = matcher.runs_plan(length, SHARED_LIMIT)
+    assert plan.shared_bytes <= SHARED_LIMIT
+    assert plan.scratch_bytes >= 26 * length
+
+
 def test_refusals():
     symbols = torch.zeros(1, 2, 8, dtype=torch.uint8)
     with pytest.raises(InvalidInputError, match="CUDA device"):
@@ -59,7 +66,7 @@ def test_refusals():
     with pytest.raises(InvalidInputError, match="one shape"):
         matcher.check(symbols, symbols[..., :4], None, 0)
     with pytest.raises(InvalidInputError, match="granularity"):
-        cuda.match(symbols, symbols, granularity="run")
+        cuda.match(symbols, symbols, granularity="word")
 
 
 def test_cache_folder(monkeypatch, tmp_path):

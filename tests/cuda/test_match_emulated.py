@@ -49,7 +49,8 @@ def segments(length: int, seed: int) -> np.ndarray:
 
 def check(length, bits, flips, seed, segment_starts=None, **options):
     q, k = pairs(length, bits, seed)
-    rules = {key: options[key] for key in ("max_length", "min_length") if key in options}
+    names = ("granularity", "successor", "max_length", "min_length")
+    rules = {key: options[key] for key in names if key in options}
     expected = suffix_match_oracle(
         torch.from_numpy(q),
         torch.from_numpy(k),
@@ -100,3 +101,14 @@ def test_everything_in_global_memory(bits, narrow):
     starts = segments(220, bits)
     check(220, bits, 0, bits, shared=False, narrow=narrow)
     check(220, bits, 0, bits, segment_starts=starts, shared=False, narrow=narrow, warp_search=512)
+
+
+@pytest.mark.parametrize("successor", ["available", "strict"])
+@pytest.mark.parametrize("length, bits, flips", [(1, 4, 4), (2, 4, 0), (130, 1, 4), (200, 4, 4)])
+@pytest.mark.parametrize("depth", [2, 7])
+def test_runs(successor, length, bits, flips, depth):
+    options = {"granularity": "run", "successor": successor, "min_depth": depth, "max_depth": depth}
+    check(length, bits, flips, length, **options)
+    if length > 100:
+        check(length, bits, flips, 1, segment_starts=segments(length, 3), **options)
+        check(length, 8, 8, 2, max_length=5, min_length=2, **options)

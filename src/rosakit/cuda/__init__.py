@@ -65,7 +65,7 @@ def supports(
     return (
         q.is_cuda
         and q.dtype == torch.uint8
-        and granularity == "token"
+        and granularity in ("token", "run")
         and counterfactual_bits <= 8
         and q.shape[-1] <= MAX_POSITIONS
     )
@@ -86,8 +86,8 @@ def match(
 
     Args:
         q, k: uint8 symbols ``[B, R, T]`` on one CUDA device.
-        granularity: "token".
-        successor: of no effect in token granularity.
+        granularity: "token" or "run".
+        successor: "available" or "strict", for run granularity.
         segment_starts: int32 ``[B, T]`` on the same device, or None.
         counterfactual_bits: ``M`` in 0..8.
 
@@ -99,17 +99,17 @@ def match(
         InvalidTypeError, InvalidInputError: tensors or options that the kernels do not take.
         BackendError: the kernels cannot be compiled or launched.
     """
-    from rosakit.cuda import matcher as token
+    from rosakit.cuda import matcher
     from rosakit.errors import InvalidInputError
 
-    if granularity != "token":
-        raise InvalidInputError(
-            f"the GPU matcher knows granularity 'token', got {granularity!r}; use backend='cpu'"
-        )
-    token.check(q, k, segment_starts, counterfactual_bits)
-    return token.match(
+    if granularity not in ("token", "run"):
+        raise InvalidInputError(f"granularity must be 'token' or 'run', got {granularity!r}")
+    matcher.check(q, k, segment_starts, counterfactual_bits)
+    return matcher.match(
         q.contiguous(),
         k.contiguous(),
+        granularity=granularity,
+        successor=successor,
         max_length=max_length,
         min_length=min_length,
         segment_starts=None if segment_starts is None else segment_starts.contiguous(),

@@ -52,9 +52,6 @@ def plan(length: int, flips: int, shared_limit: int) -> Plan:
         shared_limit: bytes of shared memory that one block may use.
     """
     blocks = (length + 63) // 64
-    shift = 0
-    while ((blocks - 1) >> shift) + 1 > _SUPERBLOCKS:
-        shift += 1
     threads = 1024 if length > 8192 else 512 if length > 2048 else 256
     index_bytes = 2 if length <= 65536 else 4
     entries = 2 * _round(blocks * 64 * index_bytes)
@@ -98,8 +95,37 @@ def plan(length: int, flips: int, shared_limit: int) -> Plan:
     # A multiprocessor of 228 KiB also keeps 1 KiB a block for itself.
     resident = max(1, min(1024 // threads, (shared_limit + 1024) // (shared + 1024)))
     return Plan(
-        threads, resident, index_bytes, tuple(sorted(places.items())), shared, scratch, shift
+        threads,
+        resident,
+        index_bytes,
+        tuple(sorted(places.items())),
+        shared,
+        scratch,
+        _super_shift(blocks),
     )
+
+
+def runs_plan(length: int, shared_limit: int) -> Plan:
+    """As :func:`plan`, for run granularity: the rank structures in shared memory, if they fit."""
+    blocks = (length + 63) // 64
+    threads = 1024 if length > 8192 else 512 if length > 2048 else 256
+    fixed = 2 * _CONTROL_BYTES + 2 * _SUPERBLOCKS * 64
+    ranks = 2 * blocks * 64
+    in_shared = fixed + ranks <= shared_limit
+    shared = fixed + (ranks if in_shared else 0)
+    words = _round((length // 32 + 2) * 4)
+    scratch = 5 * words + 2 * _round(length + 32) + 2 * _round(length * 4) + 2 * blocks * 256
+    scratch += _round(length * 8) + (0 if in_shared else ranks)
+    resident = max(1, min(1024 // threads, (shared_limit + 1024) // (shared + 1024)))
+    places = (("RANK_SHARED", int(in_shared)),)
+    return Plan(threads, resident, 4, places, shared, scratch, _super_shift(blocks))
+
+
+def _super_shift(blocks: int) -> int:
+    shift = 0
+    while ((blocks - 1) >> shift) + 1 > _SUPERBLOCKS:
+        shift += 1
+    return shift
 
 
 def _round(size: int) -> int:
@@ -110,6 +136,8 @@ def match(
     q: Tensor,
     k: Tensor,
     *,
+    granularity: str = "token",
+    successor: str = "available",
     max_length: int | None = None,
     min_length: int = 1,
     segment_starts: Tensor | None = None,
@@ -117,7 +145,7 @@ def match(
     min_depth: int = MIN_DEPTH,
     max_depth: int = MAX_DEPTH,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The exact suffix match of token granularity on the GPU; see :func:`rosakit.cuda.match`.
+    """The exact suffix match on the GPU; see :func:`rosakit.cuda.match`.
 
     Args:
         min_depth, max_depth: levels before the walk, for tests and tuning; results do not depend
@@ -125,68 +153,64 @@ def match(
     """
     batch, routes, length = q.shape
     position = torch.empty((batch, routes, length), dtype=torch.int32, device=q.device)
-    match_length = torch.empty_like(position)
+    sizes = torch.empty_like(position)
     flipped = torch.empty(
         (batch, routes, length, counterfactual_bits), dtype=torch.int32, device=q.device
     )
+    numbers = [
+        _UNLIMITED if max_length is None else max_length,
+        min_length,
+        min_depth,
+        max_depth,
+    ]
+    if granularity == "run":
+        numbers.append(int(successor == "strict"))
     if position.numel():
         with torch.cuda.device(q.device):
-            _launch(
-                q, k, segment_starts, position, match_length, flipped,
-                max_length, min_length, min_depth, max_depth,
-            )  # fmt: skip
-    return position, match_length, flipped if counterfactual_bits else None
+            _launch(q, k, segment_starts, (position, sizes, flipped), granularity, numbers)
+    return position, sizes, flipped if counterfactual_bits else None
 
 
 def _launch(
     q: Tensor,
     k: Tensor,
     segment_starts: Tensor | None,
-    position: Tensor,
-    length: Tensor,
-    flipped: Tensor,
-    max_length: int | None,
-    min_length: int,
-    min_depth: int,
-    max_depth: int,
+    out: tuple[Tensor, Tensor, Tensor],
+    granularity: str,
+    numbers: list[int],
 ) -> None:
-    batch, routes, positions = q.shape
-    flips = flipped.shape[-1]
+    batch, routes, length = q.shape
+    flips = out[2].shape[-1]
     properties = torch.cuda.get_device_properties(q.device)
     # torch's stubs lack the field.
     shared_limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    chosen = plan(positions, flips, shared_limit)
+    if granularity == "run":
+        chosen = runs_plan(length, shared_limit)
+        source, name = "runs.cu", "suffix_match_runs"
+    else:
+        chosen = plan(length, flips, shared_limit)
+        source, name = "match.cu", "suffix_match"
     macros = {
         "CF": flips,
         "THREADS": chosen.threads,
         "MIN_BLOCKS": 1024 // chosen.threads,
-        "INDEX_BYTES": chosen.index_bytes,
         **dict(chosen.places),
     }
-    kernel = compile.load(("rank.cuh", "match.cu"), ("suffix_match",), macros, q.device)
+    if granularity == "token":
+        macros["INDEX_BYTES"] = chosen.index_bytes
+    kernel = compile.load(("rank.cuh", source), (name,), macros, q.device)[name]
     grid = min(batch * routes, properties.multi_processor_count * chosen.resident)
     scratch = torch.empty(grid * chosen.scratch_bytes + 16, dtype=torch.uint8, device=q.device)
-    kernel["suffix_match"].launch(
+    maximum, minimum, *rest = numbers
+    kernel.launch(
         (grid, 1, 1),
         chosen.threads,
         chosen.shared_bytes,
         [
-            compile.pointer(q),
-            compile.pointer(k),
-            compile.pointer(segment_starts),
-            compile.pointer(position),
-            compile.pointer(length),
-            compile.pointer(flipped),
-            compile.pointer(scratch),
+            *(compile.pointer(tensor) for tensor in (q, k, segment_starts, *out, scratch)),
             (chosen.scratch_bytes, ctypes.c_size_t),
-            compile.unsigned(batch * routes),
-            compile.unsigned(routes),
-            compile.unsigned(positions),
-            compile.unsigned(_UNLIMITED if max_length is None else max_length),
-            compile.unsigned(min_length),
-            compile.unsigned(chosen.super_shift),
-            compile.unsigned(min_depth),
-            compile.unsigned(max_depth),
+            *(compile.unsigned(n) for n in (batch * routes, routes, length, maximum, minimum)),
+            *(compile.unsigned(n) for n in (chosen.super_shift, *rest)),
         ],
     )
 

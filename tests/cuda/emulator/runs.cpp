@@ -1,0 +1,19 @@
+// The run-granularity matcher under emulation, with a C face for ctypes.
+#include "emulator.hpp"
+#include "rank.cuh"
+#include "runs.cu"
+
+extern "C" void emulate_match(const u8* q, const u8* k, const int* segments, int* position,
+                              int* length, int* flipped, unsigned routes, unsigned routes_per_row,
+                              unsigned T, unsigned max_length, unsigned min_length,
+                              unsigned super_shift, unsigned min_depth, unsigned max_depth,
+                              unsigned grid, unsigned strict) {
+  const std::size_t stride = 64 * (std::size_t)T + 65536;
+  std::vector<u8> scratch(stride * grid + 16, 0x5a);
+  u8* aligned = (u8*)(((std::uintptr_t)scratch.data() + 15) & ~(std::uintptr_t)15);
+  emu::launch({grid, 1, 1}, THREADS, 64 * (std::size_t)T + 65536, [&] {
+    suffix_match_runs(q, k, segments, position, length, flipped, aligned, stride, routes,
+                      routes_per_row, T, max_length, min_length, super_shift, min_depth, max_depth,
+                      strict);
+  });
+}
