@@ -2,8 +2,8 @@
 
 One program is one warp. It owns strips of ``BD`` neighbouring diagonals ``d = i - j`` of one stream
 and marches down the rows: lane ``x`` holds the recurrence of diagonal ``d0 + x`` in registers, so
-no state ever crosses lanes. Streams are planar, ``[H, M, T]`` in float32 with T padded to whole
-segments, logits in base 2.
+no state ever crosses lanes. Streams are ``[H, T, M]`` in float32 with T padded to whole segments and
+M to whole vectors of CH, behind a margin that lanes left of the stream may read; logits in base 2.
 """
 
 # Triton compiles these functions itself: their arguments are untyped, and `range(0, n)` and unused
@@ -43,10 +43,21 @@ def strip_of(turn, worker, W: tl.constexpr):
 
 
 @triton.jit
+def row_product(row_at, table_at, index, M: tl.constexpr, CH: tl.constexpr):
+    """``row . table[index]`` for every lane, in vectors of CH channels."""
+    part = tl.arange(0, CH)
+    cells = table_at + index[:, None] * M + part[None, :]
+    product = tl.sum(tl.load(row_at + part)[None, :] * tl.load(cells), 1)
+    for m in tl.static_range(CH, M, CH):
+        product += tl.sum(tl.load(row_at + m + part)[None, :] * tl.load(cells + m), 1)
+    return product
+
+
+@triton.jit
 def cell(
     q_at, k_at, starts_at, i, d, T, length, t, c, slope, bias,
-    M: tl.constexpr, GATE: tl.constexpr, SCAN: tl.constexpr, OFFSET: tl.constexpr,
-    PACKED: tl.constexpr,
+    M: tl.constexpr, CH: tl.constexpr, GATE: tl.constexpr, SCAN: tl.constexpr,
+    OFFSET: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One row: symbol equality ``a`` and the next state ``t, c`` of every diagonal.
 
@@ -59,10 +70,7 @@ def cell(
     if PACKED:
         start = tl.load(starts_at + i)
         valid = valid & (j >= start) & (d + start >= d)
-    product = tl.zeros_like(t)
-    for m in tl.static_range(M):
-        qm = tl.load(q_at + m * T + i)
-        product += qm * tl.load(k_at + m * T + j, mask=valid, other=0.0)
+    product = row_product(q_at + i * M, k_at, j, M, CH)
     s = slope * product + bias
     if GATE == "sigmoid":
         a = 1.0 / (1.0 + tl.exp(-s))
@@ -105,13 +113,13 @@ def logit(x, i, d, start, sharp, cap, UTILITY: tl.constexpr, CAPPED: tl.constexp
 def attend_forward(
     q_ptr, k_ptr, w_ptr, starts_ptr, seed_ptr, top_ptr, sum_ptr, out_ptr,
     T, length, routes, slope, bias, sharp, cap, threshold, inverse,
-    M: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, W: tl.constexpr,
+    M: tl.constexpr, CH: tl.constexpr, V: tl.constexpr, CV: tl.constexpr, BD: tl.constexpr, W: tl.constexpr,
     GATE: tl.constexpr, SCAN: tl.constexpr, UTILITY: tl.constexpr, OFFSET: tl.constexpr,
     CAPPED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Softmax statistics of every row over this worker's strips.
 
-    ``top, sum [H, W, T]`` and ``out [H, W, V, T]``: running maximum, sum, weighted values. They
+    ``top, sum [H, W, T]`` and ``out [H, W, T, V]``: running maximum, sum, weighted values. They
     come in as LOWEST, 0 and 0.
     """
     program = tl.program_id(0).to(tl.int64)
@@ -125,6 +133,7 @@ def attend_forward(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     lane = tl.arange(0, BD)
+    part = tl.arange(0, CV)
     strips = tl.cdiv(length - OFFSET, BD)
     for turn in range(0, tl.cdiv(strips, W)):
         d0 = OFFSET + strip_of(turn, worker, W) * BD
@@ -134,7 +143,7 @@ def attend_forward(
         for i in range(d0, length):
             a, t, c, valid, tp, cp, start = cell(
                 q_at, k_at, starts_at, i, d, T, length, t, c, slope, bias,
-                M, GATE, SCAN, OFFSET, PACKED,
+                M, CH, GATE, SCAN, OFFSET, PACKED,
             )  # fmt: skip
             x = t - c if SCAN else t
             z, dz = logit(x, i, d, start, sharp, cap, UTILITY, CAPPED)
@@ -147,18 +156,20 @@ def attend_forward(
             tl.store(sum_at + i, tl.load(sum_at + i) * shrink + tl.sum(p, 0))
             if DROPOUT:
                 p = p * keep_factor(stream, i - d + d, i - d, seed, threshold, inverse)
-            for v in tl.static_range(V):
-                wv = tl.load(w_at + v * T + (i - d + OFFSET), mask=valid, other=0.0)
-                old = tl.load(out_at + v * T + i)
-                tl.store(out_at + v * T + i, old * shrink + tl.sum(p * wv, 0))
+            for v in tl.static_range(0, V, CV):
+                cells = w_at + (i - d + OFFSET)[:, None] * V + v + part[None, :]
+                row = out_at + i * V + v + part
+                new = tl.sum(p[:, None] * tl.load(cells), 0)
+                tl.store(row, tl.load(row) * shrink + new)
         tl.debug_barrier()
 
 
 @triton.jit
 def row_gradient(
-    w_at, g_at, lse_at, delta_at, u_at, p_at, i, r, d, lane, T, a, t, c, tp, cp, valid, start,
+    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i, r, d, lane, T, a, t, c, tp, cp, valid, start,
     ta, ca, slope, sharp, cap, stream, seed, threshold, inverse,
-    V: tl.constexpr, BD: tl.constexpr, CW: tl.constexpr, GATE: tl.constexpr, SCAN: tl.constexpr,
+    M: tl.constexpr, CH: tl.constexpr, V: tl.constexpr, CV: tl.constexpr, BD: tl.constexpr,
+    CW: tl.constexpr, GATE: tl.constexpr, SCAN: tl.constexpr,
     UTILITY: tl.constexpr, OFFSET: tl.constexpr, CAPPED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Row i backwards: writes ``dL/d(q_i . k_j)`` and the weights, returns the states' adjoints.
@@ -171,10 +182,7 @@ def row_gradient(
     lse = tl.load(lse_at + i)
     delta = tl.load(delta_at + i)
     p = tl.where(valid, tl.exp2(tl.where(valid, z - lse, 0.0)), 0.0)
-    gw = tl.zeros_like(t)
-    for v in tl.static_range(V):
-        gv = tl.load(g_at + v * T + i)
-        gw += gv * tl.load(w_at + v * T + (j + OFFSET), mask=valid, other=0.0)
+    gw = row_product(g_at + i * V, w_at, j + OFFSET, V, CV)
     weight = p
     if DROPOUT:
         keep = keep_factor(stream, j + d, j, seed, threshold, inverse)
@@ -205,10 +213,33 @@ def row_gradient(
         keeps = valid & (j > start)
     ta = tl.where(keeps, ta, 0.0)
     ca = tl.where(keeps, ca, 0.0)
+    ds = tl.where(valid, ds, 0.0)
+    part = tl.arange(0, CH)
+    for m in tl.static_range(0, M, CH):
+        row = dq_at + i * M + m + part
+        new = tl.sum(ds[:, None] * tl.load(k_at + j[:, None] * M + m + part[None, :]), 0)
+        tl.store(row, tl.load(row) + new)
     column = r * CW + r + (BD - 1) - lane
-    tl.store(u_at + column, tl.where(valid, ds, 0.0))
+    tl.store(u_at + column, ds)
     tl.store(p_at + column, weight)
     return ta, ca
+
+
+@triton.jit
+def gather(
+    rows_at, weights_at, out_at, place, T,
+    M: tl.constexpr, CH: tl.constexpr, CW: tl.constexpr, SEG: tl.constexpr,
+):  # fmt: skip
+    """``out[place] += sum over the segment's rows of weight[row] * rows[row]``, a lane a place."""
+    part = tl.arange(0, CH)
+    inside = (place >= 0) & (place < T)
+    for m in tl.static_range(0, M, CH):
+        cells = out_at + place[:, None] * M + m + part[None, :]
+        total = tl.load(cells, mask=inside[:, None], other=0.0)
+        for r in tl.static_range(SEG):
+            weight = tl.load(weights_at + r * CW)
+            total += weight[:, None] * tl.load(rows_at + r * M + m + part)[None, :]
+        tl.store(cells, total, mask=inside[:, None])
 
 
 @triton.jit
@@ -216,16 +247,16 @@ def attend_backward(
     q_ptr, k_ptr, w_ptr, g_ptr, lse_ptr, delta_ptr, starts_ptr, seed_ptr,
     dq_ptr, dk_ptr, dw_ptr, mark_ptr, tile_ptr,
     T, length, routes, slope, bias, sharp, cap, threshold, inverse,
-    M: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, SEG: tl.constexpr,
+    M: tl.constexpr, CH: tl.constexpr, V: tl.constexpr, CV: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, SEG: tl.constexpr,
     GATE: tl.constexpr, SCAN: tl.constexpr, UTILITY: tl.constexpr, OFFSET: tl.constexpr,
-    CAPPED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of q, k ``[H, W, M, T]`` and w ``[H, W, V, T]``, summed over this worker's strips.
+    """Gradients of q, k ``[H, W, T, M]`` and w ``[H, W, T, V]``, summed over this worker's strips.
 
     A strip is marched down once, leaving its state every SEG rows in `mark`; then the segments go
     up: a segment is marched again with a mark every 4 rows, and each 4 rows once more, now held in
-    registers and walked backwards. A segment's ``dL/d(q . k)`` and weights go through `tile`, from
-    where small matrix products make the gradients.
+    registers and walked backwards. A segment's ``dL/d(q . k)`` and weights go through `tile`, where
+    they are read again a column a lane for the gradients of k and w.
     """
     program = tl.program_id(0).to(tl.int64)
     stream, worker = program // W, (program % W).to(tl.int32)
@@ -246,9 +277,7 @@ def attend_backward(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     lane = tl.arange(0, BD)
-    rows = tl.arange(0, SEG)
     wide = tl.arange(0, 32)
-    part = tl.arange(0, 16)
     strips = tl.cdiv(length - OFFSET, BD)
     for turn in range(0, tl.cdiv(strips, W)):
         d0 = OFFSET + strip_of(turn, worker, W) * BD
@@ -260,11 +289,12 @@ def attend_backward(
             tl.store(mark_at + s * 2 * BD + lane, t)
             if SCAN:
                 tl.store(mark_at + s * 2 * BD + BD + lane, c)
-            for i in range(s * SEG, s * SEG + SEG):
-                a, t, c, valid, tp, cp, start = cell(
-                    q_at, k_at, starts_at, i, d, T, length, t, c, slope, bias,
-                    M, GATE, SCAN, OFFSET, PACKED,
-                )  # fmt: skip
+            for four in range(0, SEG // 4):
+                for r in tl.static_range(4):
+                    a, t, c, valid, tp, cp, start = cell(
+                        q_at, k_at, starts_at, s * SEG + four * 4 + r, d, T, length, t, c, slope, bias,
+                        M, CH, GATE, SCAN, OFFSET, PACKED,
+                    )  # fmt: skip
         ta = tl.zeros([BD], tl.float32)
         ca = tl.zeros([BD], tl.float32)
         for back in range(0, segments - first):
@@ -280,7 +310,7 @@ def attend_backward(
                 for r in tl.static_range(4):
                     a, t, c, valid, tp, cp, start = cell(
                         q_at, k_at, starts_at, s * SEG + four * 4 + r, d, T, length, t, c, slope, bias,
-                        M, GATE, SCAN, OFFSET, PACKED,
+                        M, CH, GATE, SCAN, OFFSET, PACKED,
                     )  # fmt: skip
             for again in range(0, SEG // 4):
                 r = SEG - 4 - again * 4
@@ -291,70 +321,50 @@ def attend_backward(
                     c = tl.load(near_at + r // 4 * 2 * BD + BD + lane)
                 a0, t0, c0, v0, tp0, cp0, s0 = cell(
                     q_at, k_at, starts_at, i, d, T, length, t, c, slope, bias,
-                    M, GATE, SCAN, OFFSET, PACKED,
+                    M, CH, GATE, SCAN, OFFSET, PACKED,
                 )  # fmt: skip
                 a1, t1, c1, v1, tp1, cp1, s1 = cell(
                     q_at, k_at, starts_at, i + 1, d, T, length, t0, c0, slope, bias,
-                    M, GATE, SCAN, OFFSET, PACKED,
+                    M, CH, GATE, SCAN, OFFSET, PACKED,
                 )  # fmt: skip
                 a2, t2, c2, v2, tp2, cp2, s2 = cell(
                     q_at, k_at, starts_at, i + 2, d, T, length, t1, c1, slope, bias,
-                    M, GATE, SCAN, OFFSET, PACKED,
+                    M, CH, GATE, SCAN, OFFSET, PACKED,
                 )  # fmt: skip
                 a3, t3, c3, v3, tp3, cp3, s3 = cell(
                     q_at, k_at, starts_at, i + 3, d, T, length, t2, c2, slope, bias,
-                    M, GATE, SCAN, OFFSET, PACKED,
+                    M, CH, GATE, SCAN, OFFSET, PACKED,
                 )  # fmt: skip
                 ta, ca = row_gradient(
-                    w_at, g_at, lse_at, delta_at, u_at, p_at, i + 3, r + 3, d, lane, T,
+                    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i + 3, r + 3, d, lane, T,
                     a3, t3, c3, tp3, cp3, v3, s3, ta, ca,
                     slope, sharp, cap, stream, seed, threshold, inverse,
-                    V, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, DROPOUT,
+                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, DROPOUT,
                 )  # fmt: skip
                 ta, ca = row_gradient(
-                    w_at, g_at, lse_at, delta_at, u_at, p_at, i + 2, r + 2, d, lane, T,
+                    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i + 2, r + 2, d, lane, T,
                     a2, t2, c2, tp2, cp2, v2, s2, ta, ca,
                     slope, sharp, cap, stream, seed, threshold, inverse,
-                    V, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, DROPOUT,
+                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, DROPOUT,
                 )  # fmt: skip
                 ta, ca = row_gradient(
-                    w_at, g_at, lse_at, delta_at, u_at, p_at, i + 1, r + 1, d, lane, T,
+                    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i + 1, r + 1, d, lane, T,
                     a1, t1, c1, tp1, cp1, v1, s1, ta, ca,
                     slope, sharp, cap, stream, seed, threshold, inverse,
-                    V, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, DROPOUT,
+                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, DROPOUT,
                 )  # fmt: skip
                 ta, ca = row_gradient(
-                    w_at, g_at, lse_at, delta_at, u_at, p_at, i, r, d, lane, T,
+                    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i, r, d, lane, T,
                     a0, t0, c0, tp0, cp0, v0, s0, ta, ca,
                     slope, sharp, cap, stream, seed, threshold, inverse,
-                    V, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, DROPOUT,
+                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, DROPOUT,
                 )  # fmt: skip
             tl.debug_barrier()
             # Column c of the tile is key j = left + c; row r has its band at c in [r, r + BD).
             left = s * SEG - d0 - (BD - 1)
-            i = s * SEG + rows
-            here = (part[:, None] < M) & (i[None, :] >= 0)
-            qs = tl.load(q_at + part[:, None] * T + i[None, :], mask=here, other=0.0)
-            read = (part[:, None] < V) & (i[None, :] >= 0)
-            gs = tl.load(g_at + part[:, None] * T + i[None, :], mask=read, other=0.0)
-            dq = tl.zeros([16, SEG], tl.float32)
             for block in range(0, CW // 32):
                 column = block * 32 + wide
                 j = left + column
-                u = tl.load(u_at + rows[:, None] * CW + column[None, :])
-                weight = tl.load(p_at + rows[:, None] * CW + column[None, :])
-                keys = (part[:, None] < M) & (j[None, :] >= 0) & (j[None, :] < T)
-                key_at = part[:, None] * T + j[None, :]
-                ks = tl.load(k_at + key_at, mask=keys, other=0.0)
-                dq += tl.dot(ks, tl.trans(u), input_precision=PRECISION)
-                dk = tl.load(dk_at + key_at, mask=keys, other=0.0)
-                dk += tl.dot(qs, u, input_precision=PRECISION)
-                tl.store(dk_at + key_at, dk, mask=keys)
-                values = (part[:, None] < V) & (j[None, :] >= 0) & (j[None, :] + OFFSET < T)
-                dw = tl.load(dw_at + key_at + OFFSET, mask=values, other=0.0)
-                dw += tl.dot(gs, weight, input_precision=PRECISION)
-                tl.store(dw_at + key_at + OFFSET, dw, mask=values)
-            query_at = dq_at + part[:, None] * T + i[None, :]
-            dq += tl.load(query_at, mask=here, other=0.0)
-            tl.store(query_at, dq, mask=here)
+                gather(q_at + s * SEG * M, u_at + column, dk_at, j, T, M, CH, CW, SEG)
+                gather(g_at + s * SEG * V, p_at + column, dw_at, j + OFFSET, T, V, CV, CW, SEG)
             tl.debug_barrier()

@@ -58,13 +58,13 @@ def attend_fused(
 ) -> Tensor:
     """`pairwise.attend_naive` in O(T) memory, forward and backward, with float32 sums."""
     batch, routes, length, values = w.shape
-    planar = [_planar(x) for x in (q, k, w)]
+    table = [_table(x) for x in (q, k, w)]
     if starts is not None:
         starts = torch.nn.functional.pad(starts, (0, -length % SEGMENT), value=-1)
     y: Tensor
     y, _ = torch.ops.rosakit.attend(
-        *planar,
-        planar[2].new_empty(0) if null is None else _planar(null),
+        *table,
+        table[2].new_empty(0) if null is None else _table(null),
         starts,
         seed,
         length,
@@ -80,13 +80,26 @@ def attend_fused(
         form.min_length,
         form.dropout if seed is not None else 0.0,
     )
-    return y[..., :length].transpose(1, 2).reshape(batch, routes, length, values).to(w.dtype)
+    return y[:, :length, :values].reshape(batch, routes, length, values).to(w.dtype)
 
 
-def _planar(x: Tensor) -> Tensor:
-    """``[B, R, T, M]`` to float32 ``[B * R, M, T]``, padded to whole segments."""
-    rows = x.flatten(0, 1).transpose(1, 2).float()
-    return torch.nn.functional.pad(rows, (0, -x.shape[2] % SEGMENT)).contiguous()
+def _vector(width: int) -> int:
+    """Channels that one load takes."""
+    return width if width <= 2 else 4
+
+
+def _table(x: Tensor) -> Tensor:
+    """``[B, R, T, M]`` to float32 ``[B * R, T, M]`` of whole segments and whole vectors."""
+    width = x.shape[3]
+    extra = (0, -width % _vector(width), 0, -x.shape[2] % SEGMENT)
+    return torch.nn.functional.pad(x.flatten(0, 1).float(), extra).contiguous()
+
+
+def _with_margin(x: Tensor, plan: Plan) -> Tensor:
+    """A copy of ``[H, T, M]`` that may be read up to a strip and a segment before its start."""
+    margin = plan.strip + SEGMENT
+    flat = torch.nn.functional.pad(x.flatten(0, 1), (0, 0, margin, 0))
+    return flat[margin:].view_as(x)
 
 
 def plan_for(streams: int, length: int) -> Plan:
@@ -104,7 +117,7 @@ def _arguments(
     return {
         "starts_ptr": q if starts is None else starts.contiguous(),
         "seed_ptr": q if seed is None else seed,
-        "T": q.shape[2],
+        "T": q.shape[1],
         "length": length,
         "routes": routes,
         "slope": slope,
@@ -113,7 +126,8 @@ def _arguments(
         "cap": float(cap),
         "threshold": threshold(dropout),
         "inverse": 1.0 / (1.0 - dropout),
-        "M": q.shape[1],
+        "M": q.shape[2],
+        "CH": _vector(q.shape[2]),
         "BD": plan.strip,
         "W": plan.workers,
         "GATE": gate,
@@ -132,8 +146,8 @@ def _arguments(
 def _null_logit(starts: Tensor | None, q: Tensor, options: tuple[Any, ...]) -> Tensor:
     """Base-2 logit of the null, ``[H, T]``."""
     utility, sharpness, min_length = options[6], options[7], options[10]
-    own = torch.arange(q.shape[2], device=q.device)
-    origin = own.new_zeros(1, q.shape[2]) if starts is None else starts.long()
+    own = torch.arange(q.shape[1], device=q.device)
+    origin = own.new_zeros(1, q.shape[1]) if starts is None else starts.long()
     seen = (own - origin).float().repeat_interleave(q.shape[0] // origin.shape[0], dim=0)
     z = (
         torch.full_like(seen, sharpness / 2)
@@ -144,17 +158,17 @@ def _null_logit(starts: Tensor | None, q: Tensor, options: tuple[Any, ...]) -> T
 
 
 def _padding(starts: Tensor | None, streams: int) -> Tensor | None:
-    """1 at real positions, 0 at padding, ``[H, 1, T]``."""
+    """1 at real positions, 0 at padding, ``[H, T, 1]``."""
     if starts is None:
         return None
-    return (starts >= 0).float().repeat_interleave(streams // starts.shape[0], dim=0)[:, None]
+    return (starts >= 0).float().repeat_interleave(streams // starts.shape[0], dim=0)[..., None]
 
 
 def _dropped_null(q: Tensor, seed: Tensor, length: int, dropout: float) -> Tensor:
     """Dropout factors of the null's weight, ``[H, T]``."""
     from rosakit.ops.estimators.pairwise import kept_at
 
-    streams, _, padded = q.shape
+    streams, padded, _ = q.shape
     own = torch.arange(padded, device=q.device)
     stream = torch.arange(streams, device=q.device)[:, None]
     return kept_at(stream, own, own.new_tensor(length), dropout, seed)
@@ -170,24 +184,25 @@ def forward(
     options: tuple[Any, ...],
     plan: Plan,
 ) -> tuple[Tensor, Tensor]:
-    """``y [H, V, T]`` and the base-2 log of each row's softmax sum ``[H, T]``."""
+    """``y [H, T, V]`` and the base-2 log of each row's softmax sum ``[H, T]``."""
     from rosakit.ops.triton import kernels
 
-    streams, values, length = w.shape
+    streams, length, values = w.shape
     shape = (streams, plan.workers, length)
     top = torch.full(shape, -1.0e30, device=q.device)
     total = torch.zeros(shape, device=q.device)
-    out = torch.zeros((streams, plan.workers, values, length), device=q.device)
+    out = torch.zeros((*shape, values), device=q.device)
     offset, dropout = options[8], options[11]
     if options[0] > offset:
         kernels.attend_forward[(streams * plan.workers,)](
             q_ptr=q,
-            k_ptr=k,
-            w_ptr=w,
+            k_ptr=_with_margin(k, plan),
+            w_ptr=_with_margin(w, plan),
             top_ptr=top,
             sum_ptr=total,
             out_ptr=out,
             V=values,
+            CV=_vector(values),
             **_arguments(starts, seed, q, plan, options),
         )
     best = top.amax(1)
@@ -196,11 +211,11 @@ def forward(
     shrink = (top - best[:, None]).exp2()
     p_null = (z_null - best).exp2()
     norm = ((total * shrink).sum(1) + p_null).clamp(min=1e-30)
-    y = (out * shrink[:, :, None]).sum(1) / norm[:, None]
+    y = (out * shrink[..., None]).sum(1) / norm[..., None]
     if offset and null.numel():
         if seed is not None and dropout:
             p_null = p_null * _dropped_null(q, seed, options[0], dropout)
-        y = y + (p_null / norm)[:, None] * null
+        y = y + (p_null / norm)[..., None] * null
     real = _padding(starts, streams)
     return y if real is None else y * real, best + norm.log2()
 
@@ -217,20 +232,19 @@ def backward(
     seed: Tensor | None,
     options: tuple[Any, ...],
     plan: Plan,
-    precision: str = "tf32x3",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k ``[H, M, T]``, w and null ``[H, V, T]``."""
+    """Gradients of q, k ``[H, T, M]``, w and null ``[H, T, V]``."""
     from rosakit.ops.triton import kernels
 
-    streams, width, length = q.shape
-    values = w.shape[1]
+    streams, length, width = q.shape
+    values = w.shape[2]
     real = _padding(starts, streams)
     g = (grad if real is None else grad * real).contiguous()
-    delta = (g * y).sum(1)
+    delta = (g * y).sum(2)
     offset, dropout = options[8], options[11]
 
     def zeros(channels: int) -> Tensor:
-        return torch.zeros((streams, plan.workers, channels, length), device=q.device)
+        return torch.zeros((streams, plan.workers, length, channels), device=q.device)
 
     dq, dk, dw = zeros(width), zeros(width), zeros(values)
     programs = streams * plan.workers
@@ -238,8 +252,8 @@ def backward(
     if options[0] > offset:
         kernels.attend_backward[(programs,)](
             q_ptr=q,
-            k_ptr=k,
-            w_ptr=w,
+            k_ptr=_with_margin(k, plan),
+            w_ptr=_with_margin(w, plan),
             g_ptr=g,
             lse_ptr=lse,
             delta_ptr=delta,
@@ -249,8 +263,8 @@ def backward(
             mark_ptr=torch.empty((programs, marks, 2, plan.strip), device=q.device),
             tile_ptr=torch.zeros((programs, 2, SEGMENT, plan.strip + 32), device=q.device),
             V=values,
+            CV=_vector(values),
             SEG=SEGMENT,
-            PRECISION=precision,
             **_arguments(starts, seed, q, plan, options),
         )
     dnull = torch.zeros_like(null)
@@ -258,7 +272,7 @@ def backward(
         p_null = (_null_logit(starts, q, options) - lse).exp2()
         if seed is not None and dropout:
             p_null = p_null * _dropped_null(q, seed, options[0], dropout)
-        dnull = p_null[:, None] * g
+        dnull = p_null[..., None] * g
     return dq.sum(1), dk.sum(1), dw.sum(1), dnull
 
 
@@ -314,7 +328,7 @@ def _(
     min_length: int,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(w), w.new_empty((w.shape[0], w.shape[2]))
+    return torch.empty_like(w), w.new_empty(w.shape[:2])
 
 
 @torch.library.custom_op("rosakit::attend_backward", mutates_args=())
