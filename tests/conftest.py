@@ -32,7 +32,7 @@ def golden():
 
 @pytest.fixture(autouse=True)
 def fill_empty_with_nan(monkeypatch):
-    """`torch.empty` and its kin return NaN (or the largest integer), so unwritten outputs show."""
+    """What is allocated without a value holds NaN or garbage, so unwritten outputs show."""
 
     def poison(make):
         def made(*args, **kwargs):
@@ -46,5 +46,14 @@ def fill_empty_with_nan(monkeypatch):
 
         return made
 
+    def poison_array(*args, **kwargs):
+        out = make_array(*args, **kwargs)
+        if out.dtype.kind in "iu":
+            out.fill(np.iinfo(out.dtype).max)
+        return out
+
+    make_array = np.empty
+    monkeypatch.setattr(np, "empty", poison_array)
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rosakit import native
-from rosakit.ops import rosa, suffix_match
+from rosakit.ops import rosa
 from rosakit.ops.oracle import retrieve_oracle, suffix_match_oracle
 from rosakit.symbols import pack
 
@@ -67,12 +67,3 @@ def test_layer(golden, name, bits, fill):
             backend="auto" if native.available() else "oracle",
         )
         assert torch.equal(got, expected), f"rosa, case {n}"
-
-
-def test_min_length_drops_short_matches(golden):
-    """The published lengths decide which matches a minimum length removes."""
-    data = golden("stream_qkv")
-    q, k = (torch.from_numpy(data[name][data["offsets"][-2] :]) for name in ("q", "k"))
-    free = suffix_match(q, k, backend="oracle")
-    limited = suffix_match(q, k, min_length=3, backend="oracle")
-    assert torch.equal(limited.position, torch.where(free.length >= 3, free.position, -1))

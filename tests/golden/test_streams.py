@@ -55,3 +55,17 @@ def test_lengths(golden, backend):
         values = torch.from_numpy(v.astype(np.int64))
         read = torch.where(match.position >= 0, values[match.position.clamp(min=0)], 0)
         assert read.tolist() == idx.tolist(), f"case {i}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("limit", [2, 3])
+def test_min_length_drops_what_the_reference_found_short(golden, backend, limit):
+    streams = list(cases(golden("stream_qkv"), "q", "k", "pos"))
+    data = golden("stream_slow4")
+    for i, ln in cases(data, "ln"):
+        _, q, k, pos = streams[int(data["case"][i])]
+        match = suffix_match(
+            torch.from_numpy(q), torch.from_numpy(k), min_length=limit, backend=backend
+        )
+        assert match.length.tolist() == np.where(ln >= limit, ln, 0).tolist(), f"case {i}"
+        assert match.position.tolist() == np.where(ln >= limit, pos, -1).tolist(), f"case {i}"

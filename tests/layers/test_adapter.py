@@ -10,8 +10,8 @@ from rosakit.layers import RosaAdapter, RosaContext
 from rosakit.layers.token_match import best_successors
 from rosakit.ops import suffix_match
 from rosakit.ops.oracle import retrieve_oracle
-from rosakit.types import Match
 from rosakit.symbols import pack
+from rosakit.types import Match
 
 
 def token_context(ids):
@@ -124,6 +124,7 @@ def test_token_address_respects_min_length():
         ({"estimator": "none"}, "unknown estimator"),
         ({"estimator_options": {"tau": 2}}, "does not take tau"),
         ({"address": "token", "granularity": "run"}, "granularity='token'"),
+        ({"address": "token", "max_length": 4}, "leave max_length at None"),
     ],
 )
 def test_bad_options(options, message):

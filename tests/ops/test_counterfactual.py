@@ -207,7 +207,7 @@ def test_bad_options_are_refused():
     q, k, v, e0, e1 = example()
     with pytest.raises(InvalidInputError, match="does not take tau; its options are key_credit"):
         rosa(q, k, v, e0, e1, bits=2, tau=1.0)
-    with pytest.raises(InvalidInputError, match="unknown estimator 'magic'; known are .*counterfactual"):
+    with pytest.raises(InvalidInputError, match=r"unknown estimator 'magic'; .*counterfactual"):
         rosa(q, k, v, e0, e1, bits=2, estimator="magic")
     with pytest.raises(InvalidInputError, match="key_credit"):
         rosa(q, k, v, e0, e1, bits=2, key_credit="nobody")

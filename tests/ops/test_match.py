@@ -196,6 +196,13 @@ X = torch.zeros(1, 1, 8, dtype=torch.uint8)
         (((X, X), {"backend": "cuda"}), BackendError, "rosakit\\[cuda\\]"),
         (((X, X), {"attention_mask": torch.ones(2, 8)}), InvalidInputError, "expected \\[B, T\\]"),
         (((X, X), {"lengths": [9]}), InvalidInputError, "0..8"),
+        (((X.int() - 1, X.int()), {}), InvalidInputError, "negative symbols"),
+        (((X, X), {"segment_starts": torch.full((1, 8), 5)}), InvalidInputError, "neither starts"),
+        (
+            ((X, X), {"segment_starts": torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])}),
+            InvalidInputError,
+            r"segment_starts\[0, 4\] = 1",
+        ),
         (((X, X), {"cu_seqlens": [0, 5, 3]}), InvalidInputError, "rise from 0"),
         (
             ((X, X), {"lengths": [3], "cu_seqlens": [0, 8]}),

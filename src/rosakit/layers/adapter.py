@@ -94,6 +94,10 @@ class RosaAdapter(nn.Module):
                 raise InvalidInputError(f"{name} must be one of {allowed}, got {value!r}")
         if address == "token" and granularity != "token":
             raise InvalidInputError("address='token' matches token ids; use granularity='token'")
+        if address == "token" and max_length is not None:
+            raise InvalidInputError(
+                "address='token' shares one unlimited token match; leave max_length at None"
+            )
         check_match_options(granularity, successor, max_length, min_length, bits, "auto")
         registry.check_options(estimator, estimator_options or {})
         self.hidden_size, self.bits, self.routes = hidden_size, bits, routes

@@ -143,12 +143,19 @@ def _check_symbols(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
             f"{q.dtype} on {q.device} and {k.dtype} on {k.device}"
         )
     if q.dtype == torch.int64:
-        return _narrow(q, "q"), _narrow(k, "k")
+        q, k = _narrow(q, "q"), _narrow(k, "k")
     if q.dtype not in SYMBOL_DTYPES:
         raise InvalidTypeError(
             f"symbols must be uint8, uint16, int32 or int64 (token ids), got {q.dtype}; "
             "rosakit.symbols.pack turns real-valued channels into symbols"
         )
+    if q.dtype == torch.int32 and not torch.compiler.is_compiling() and q.device.type == "cpu":
+        for name, x in (("q", q), ("k", k)):
+            if x.numel() and int(x.min()) < 0:
+                raise InvalidInputError(
+                    f"{name} holds negative symbols; token ids start at 0, and padding is marked "
+                    "by attention_mask, lengths or document_ids"
+                )
     if q.shape[-1] >= 2**31:
         raise InvalidInputError(f"streams of 2**31 symbols or more are not supported: {q.shape}")
     return q, k

@@ -128,6 +128,25 @@ def from_position_ids(position_ids: Tensor) -> Tensor:
     return torch.where(change, positions, 0).cummax(dim=1).values.to(torch.int32)
 
 
+def _check_starts(starts: Tensor) -> None:
+    """Refuse starts that name no segments, on which backends would differ without a word.
+
+    Not while compiling and not on a GPU, where looking at values would stop the stream.
+    """
+    if torch.compiler.is_compiling() or starts.device.type != "cpu" or starts.dim() != 2:
+        return
+    own = torch.arange(starts.shape[1], dtype=torch.int32)
+    before = torch.cat([torch.full_like(starts[:, :1], -1), starts[:, :-1]], dim=1)
+    wrong = (starts != -1) & (starts != own) & (starts != before)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise InvalidInputError(
+            f"segment_starts[{row}, {column}] = {int(starts[row, column])} neither starts a "
+            f"segment there ({column}), nor continues the one before "
+            f"({int(before[row, column])}), nor marks padding (-1)"
+        )
+
+
 def resolve(
     batch: int,
     length: int,
@@ -173,6 +192,7 @@ def resolve(
     else:
         assert segment_starts is not None
         starts = segment_starts.to(torch.int32)
+        _check_starts(starts)
     if list(starts.shape) != [batch, length]:
         raise InvalidInputError(
             f"{names[0]} describes {list(starts.shape)} positions, expected [B, T] = "
