@@ -90,6 +90,13 @@ def test_every_estimator_trains(name, estimator):
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_no_graph_breaks():
+    model = random_model("hybrid")
+    tokens = tokens_for(model, 2, 10)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens), model(tokens))
+
+
 def test_unknown_estimator():
     with pytest.raises(InvalidInputError, match="known are"):
         random_model("lm1").use_estimator("straight_through")

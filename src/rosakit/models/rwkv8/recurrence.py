@@ -46,8 +46,12 @@ def wkv7(
     """Run the recurrence over ``[B, T, H, N]``.
 
     Args:
-        r, k, v, a, b: ``[B, T, H, N]``.
-        log_w: ``[B, T, H, N]``, natural logarithm of the decay, at most 0.
+        r: receptance, what is read, ``[B, T, H, N]`` as all of them.
+        log_w: natural logarithm of the decay, at most 0.
+        k: keys.
+        v: values.
+        a: what is looked up for removal.
+        b: what replaces it.
         state: ``[B, H, N, N]`` (value, key) to start from; zeros if None.
         backend: "reference" (a loop over positions), "chunked", "fla"
             (flash-linear-attention's kernel, CUDA only), or "auto": the reference for a few
