@@ -28,7 +28,7 @@ class Recipe:
     window: int = 256
     sink_tokens: int = 4
     length: int = 2048
-    code_train: int = 24
+    code_train: int = 20
     code_heldout: int = 8
     play_train: int = 4
     play_heldout: int = 3
@@ -37,7 +37,7 @@ class Recipe:
     batch_tokens: int = 2048
     lr: float = 2e-2
     needle_lengths: tuple[int, ...] = (512, 1024, 2048)
-    needle_depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
+    needle_depths: tuple[float, ...] = (0.0, 0.25, 0.5)
     needle_samples: int = 2
     seed: int = 0
 

@@ -42,6 +42,10 @@ def result_table(result: EvaluationResult, kind: str | None = None) -> Table:
 _STYLES = {"rosa": "bold"}
 
 
+_NO_GAP = 0.01
+"""Nats a token below which there is no gap worth a percentage."""
+
+
 def gap_lines(
     result: EvaluationResult,
     *,
@@ -76,10 +80,9 @@ def gap_lines(
                 f"{math.exp(near):.2f}, {control} {math.exp(far):.2f} "
                 f"({100 * (math.exp(near - far) - 1):+.1f}%)"
             )
-            # Inside the window there is no gap, only noise around one.
             if best is not None and ours.buckets[bucket].start > 0:
                 low = best.buckets[bucket].nll / best.buckets[bucket].tokens
-                if far > low:
+                if far - low > _NO_GAP:
                     closed = (far - near) / (far - low)
                     text += f"; {100 * closed:.0f}% of the gap to {ceiling} closed"
             lines.append(text)
