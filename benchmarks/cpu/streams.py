@@ -12,7 +12,9 @@ Symbols = NDArray[np.uint8]
 
 def markov(n: int, alphabet: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Second-order Markov text with copied passages of 20 to 200 symbols."""
-    table = rng.dirichlet(np.full(alphabet, 0.3), size=(alphabet, alphabet)).cumsum(-1).tolist()
+    width = min(alphabet, 16)  # successors that a context has
+    table = rng.dirichlet(np.full(width, 0.3), size=(alphabet, alphabet)).cumsum(-1).tolist()
+    shift = rng.integers(0, alphabet, (alphabet, alphabet)).tolist()
     draws, copies = rng.random(n).tolist(), rng.random(n) < 0.01
     out: list[int] = []
     while len(out) < n:
@@ -22,7 +24,8 @@ def markov(n: int, alphabet: int, rng: np.random.Generator) -> NDArray[np.int64]
             out.extend(out[source : source + int(rng.integers(20, 200))])
             continue
         a, b = out[-2:] if i > 1 else (0, 0)
-        out.append(min(bisect.bisect(table[a][b], draws[i]), alphabet - 1))
+        drawn = min(bisect.bisect(table[a][b], draws[i]), width - 1)
+        out.append((drawn + shift[a][b]) % alphabet)
     return np.array(out[:n])
 
 

@@ -11,8 +11,6 @@
 namespace rosakit {
 namespace {
 
-/// More than a lane can grow by a symbol, pages and copies of shared pages aside.
-constexpr std::size_t kGrowth = 256;
 /// Least bytes of a lane: the first pages of its arrays and its undo log.
 constexpr std::size_t kLeastLane = 64 * 1024;
 
@@ -127,9 +125,13 @@ void SuffixMemory::feed(std::size_t s, const Chunk<T>& chunk, std::size_t begin,
 }
 
 void SuffixMemory::make_room(std::size_t symbols) {
-  const std::size_t needed = symbols * lanes_.size() * kGrowth;
+  const auto needed = [&] {
+    std::size_t total = 0;
+    for (const auto& lane : lanes_) total += lane->reserved_after(symbols);
+    return total;
+  };
   const auto kept = [this](std::size_t row) { return lengths_[row] - starts_[row]; };
-  while (reserved_bytes() + needed > options_.max_bytes) {
+  while (needed() > options_.max_bytes) {
     std::size_t longest = 0;
     for (std::size_t b = 1; b < options_.batch; ++b)
       if (kept(b) > kept(longest)) longest = b;
@@ -160,7 +162,7 @@ void SuffixMemory::extend(const Chunk<T>& chunk) {
   }
   // Under a budget: in slices, so that room can be made before each.
   const std::size_t slice = std::max<std::size_t>(
-      1, (options_.max_bytes - kLeastLane * lanes_.size()) / 4 / kGrowth / lanes_.size());
+      1, (options_.max_bytes / lanes_.size() - kLeastLane) / 1024);
   for (std::size_t at = 0; at < n; at += slice) {
     const std::size_t end = std::min(n, at + slice);
     make_room(end - at);

@@ -1,6 +1,7 @@
 #include <doctest/doctest.h>
 
 #include <array>
+#include <cstdlib>
 #include <stdexcept>
 
 #include "rosakit/memory.hpp"
@@ -96,7 +97,10 @@ void exercise(u64 seed, int operations) {
 }  // namespace
 
 TEST_CASE("random operations on a memory") {
-  for (u64 seed = 0; seed < 150; ++seed) {
+  // ROSAKIT_SOAK=n: n times 60 operations, of streams not seen by default.
+  const char* soak = std::getenv("ROSAKIT_SOAK");
+  const u64 first = soak ? 1000 : 0, count = soak ? std::strtoull(soak, nullptr, 10) : 150;
+  for (u64 seed = first; seed < first + count; ++seed) {
     CAPTURE(seed);
     exercise(seed, 60);
   }

@@ -46,6 +46,8 @@ class Lane {
   virtual bool linked() const = 0;
   virtual std::size_t live_bytes() const = 0;
   virtual std::size_t reserved_bytes() const = 0;
+  /// No less than reserved_bytes() will be after `n` more symbols.
+  virtual std::size_t reserved_after(std::size_t n) const = 0;
 };
 
 template <bool kWide, bool kRun>
@@ -152,6 +154,13 @@ class TypedLane final : public Lane {
   std::size_t reserved_bytes() const override {
     return sizeof *this + journal_.reserved_bytes() +
            sum([](const auto& part) { return part.reserved_bytes(); });
+  }
+
+  std::size_t reserved_after(std::size_t n) const override {
+    constexpr std::size_t kGrowth = 256;         // states, rows, nodes and symbols
+    constexpr std::size_t kSlack = 12 * kPageBytes;  // pages begun, copies of shared ones, the journal
+    const std::size_t change_over = linked() ? 0 : stream().tree.size() * std::size_t{16};
+    return reserved_bytes() + n * kGrowth + change_over + kSlack;
   }
 
  private:
