@@ -37,7 +37,7 @@ class Recipe:
     batch_tokens: int = 2048
     lr: float = 2e-2
     needle_lengths: tuple[int, ...] = (512, 1024, 2048)
-    needle_depths: tuple[float, ...] = (0.0, 0.25, 0.5)
+    needle_depths: tuple[float, ...] = (0.1, 0.3, 0.5)
     needle_samples: int = 2
     seed: int = 0
 
