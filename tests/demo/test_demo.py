@@ -37,7 +37,7 @@ TINY = Recipe(
     steps=30,
     batch_tokens=256,
     needle_lengths=(256,),
-    needle_depths=(0.0, 1.0),
+    needle_depths=(0.2, 0.4),
     needle_samples=1,
 )
 
