@@ -9,13 +9,38 @@ M to whole vectors of CH, behind a margin that lanes left of the stream may read
 # Triton compiles these functions itself: their arguments are untyped, and `range(0, n)` and unused
 # parts of a result are what it wants.
 # mypy: disable-error-code=no-untyped-def
-# ruff: noqa: PIE808, RUF059, E501
+# ruff: noqa: PIE808, RUF059, E501, RET505
+
+import os
 
 import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-1.0e30)  # stands for -inf where a difference of two is taken
 LOG2E = tl.constexpr(1.4426950408889634)
+NATIVE = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")  # compiled, not interpreted
+
+
+@triton.jit
+def power(x):
+    """``2 ** x`` in one instruction; tiny results become 0."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def inverse_of(x):
+    """``1 / x`` in one instruction, to the last bit."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
 
 
 @triton.jit
@@ -64,48 +89,50 @@ def cell(
     Also returns which lanes are candidates, the state before (masked at a segment's start), and
     the segment's start.
     """
-    j = i - d
     start = i * 0
-    valid = (j >= 0) & (j + d < length)
+    reach = tl.where(i < length, i, -1)  # the largest distance of a candidate
     if PACKED:
         start = tl.load(starts_at + i)
-        valid = valid & (j >= start) & (d + start >= d)
-    product = row_product(q_at + i * M, k_at, j, M, CH)
-    s = slope * product + bias
+        reach = tl.where((i < length) & (start >= 0), i - start, -1)
+    valid = d <= reach
+    product = row_product(q_at + i * M, k_at, i - d, M, CH)
     if GATE == "sigmoid":
-        a = 1.0 / (1.0 + tl.exp(-s))
+        a = inverse_of(1.0 + power(product * (-LOG2E * slope) - LOG2E * bias))
     elif GATE == "exp":
-        a = tl.exp(s)
+        a = power(product * (LOG2E * slope) + LOG2E * bias)
     else:
-        a = s
+        a = slope * product + bias
+    a = tl.where(valid, a, 0.0)
     if OFFSET == 0:
-        t = tl.where(j > start, t, 0.0)
-        c = tl.where(j > start, c, 0.0)
+        t = tl.where(d < reach, t, 0.0)
+        c = tl.where(d < reach, c, 0.0)
     if SCAN:
-        t_new = tl.where(valid, t + a, 0.0)
-        top = t_new * (1.0 - a)
-        c_new = tl.where(valid, tl.where(top >= c, top, c), 0.0)
+        t_new = t + a
+        if PACKED:
+            t_new = tl.where(valid, t_new, 0.0)
+            c = tl.where(valid, c, 0.0)
+        c_new = tl.maximum(t_new * (1.0 - a), c)
     else:
-        t_new = tl.where(valid, a * (t + 1.0), 0.0)
+        t_new = a * (t + 1.0)
         c_new = c
     return a, t_new, c_new, valid, t, c, start
 
 
 @triton.jit
-def logit(x, i, d, start, sharp, cap, UTILITY: tl.constexpr, CAPPED: tl.constexpr):
-    """The score in base 2, and its derivative (natural logits) by the length x."""
+def logit(x, i, far, start, sharp, cap, UTILITY: tl.constexpr, CAPPED: tl.constexpr):
+    """The score in base 2, and its derivative (natural logits) by the length x; ``far = d``."""
     seen = (i - start).to(tl.float32)
     if UTILITY:
         root = tl.sqrt(1.0 + x)
-        z = sharp * LOG2E * (root - 1.0) - tl.log2(tl.maximum(seen, 1.0))
-        slope = 0.5 * sharp / root
+        z = (sharp * LOG2E) * root - (sharp * LOG2E + tl.log2(tl.maximum(seen, 1.0)))
+        slope = (0.5 * sharp) * inverse_of(root)
     else:
-        recency = (i - d - start).to(tl.float32) / (seen + 1.0)
-        slope = tl.zeros_like(x) + sharp
+        slope = sharp
         if CAPPED:
-            slope = tl.where(x <= cap, slope, 0.0)
+            slope = tl.where(x <= cap, sharp, 0.0)
             x = tl.minimum(x, cap)
-        z = sharp * LOG2E * (x + recency)
+        step = sharp * LOG2E / (seen + 1.0)
+        z = (sharp * LOG2E) * x + (seen * step - far * step)  # recency (n - d) / (n + 1)
     return z, slope
 
 
@@ -138,6 +165,7 @@ def attend_forward(
     for turn in range(0, tl.cdiv(strips, W)):
         d0 = OFFSET + strip_of(turn, worker, W) * BD
         d = d0 + lane
+        far = d.to(tl.float32)
         t = tl.zeros([BD], tl.float32)
         c = tl.zeros([BD], tl.float32)
         for i in range(d0, length):
@@ -146,11 +174,11 @@ def attend_forward(
                 M, CH, GATE, SCAN, OFFSET, PACKED,
             )  # fmt: skip
             x = t - c if SCAN else t
-            z, dz = logit(x, i, d, start, sharp, cap, UTILITY, CAPPED)
+            z, dz = logit(x, i, far, start, sharp, cap, UTILITY, CAPPED)
             z = tl.where(valid, z, LOWEST * 2)
             before = tl.load(top_at + i)
             best = tl.maximum(tl.max(z, 0), before)
-            p = tl.exp2(z - best)
+            p = power(z - best)
             shrink = tl.exp2(before - best)
             tl.store(top_at + i, best)
             tl.store(sum_at + i, tl.load(sum_at + i) * shrink + tl.sum(p, 0))
@@ -166,11 +194,12 @@ def attend_forward(
 
 @triton.jit
 def row_gradient(
-    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i, r, d, lane, T, a, t, c, tp, cp, valid, start,
+    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i, r, d, lane, far, T, a, t, c, tp, cp, valid, start,
     ta, ca, slope, sharp, cap, stream, seed, threshold, inverse,
     M: tl.constexpr, CH: tl.constexpr, V: tl.constexpr, CV: tl.constexpr, BD: tl.constexpr,
     CW: tl.constexpr, GATE: tl.constexpr, SCAN: tl.constexpr,
-    UTILITY: tl.constexpr, OFFSET: tl.constexpr, CAPPED: tl.constexpr, DROPOUT: tl.constexpr,
+    UTILITY: tl.constexpr, OFFSET: tl.constexpr, CAPPED: tl.constexpr, PACKED: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Row i backwards: writes ``dL/d(q_i . k_j)`` and the weights, returns the states' adjoints.
 
@@ -178,10 +207,10 @@ def row_gradient(
     """
     j = i - d
     x = t - c if SCAN else t
-    z, dz = logit(x, i, d, start, sharp, cap, UTILITY, CAPPED)
+    z, dz = logit(x, i, far, start, sharp, cap, UTILITY, CAPPED)
     lse = tl.load(lse_at + i)
     delta = tl.load(delta_at + i)
-    p = tl.where(valid, tl.exp2(tl.where(valid, z - lse, 0.0)), 0.0)
+    p = tl.where(valid, power(z - lse), 0.0)
     gw = row_product(g_at + i * V, w_at, j + OFFSET, V, CV)
     weight = p
     if DROPOUT:
@@ -208,12 +237,15 @@ def row_gradient(
         ds = da * a * slope
     else:
         ds = da * slope
-    keeps = valid
+    # Where a = 0 for want of a candidate, `ds` and the recurrence of "dp" vanish by themselves.
+    if GATE == "identity":
+        ds = tl.where(valid, ds, 0.0)
     if OFFSET == 0:
-        keeps = valid & (j > start)
-    ta = tl.where(keeps, ta, 0.0)
-    ca = tl.where(keeps, ca, 0.0)
-    ds = tl.where(valid, ds, 0.0)
+        ta = tl.where(valid & (j > start), ta, 0.0)
+        ca = tl.where(valid & (j > start), ca, 0.0)
+    elif PACKED:
+        ta = tl.where(valid, ta, 0.0)
+        ca = tl.where(valid, ca, 0.0)
     part = tl.arange(0, CH)
     for m in tl.static_range(0, M, CH):
         row = dq_at + i * M + m + part
@@ -249,12 +281,13 @@ def attend_backward(
     T, length, routes, slope, bias, sharp, cap, threshold, inverse,
     M: tl.constexpr, CH: tl.constexpr, V: tl.constexpr, CV: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, SEG: tl.constexpr,
     GATE: tl.constexpr, SCAN: tl.constexpr, UTILITY: tl.constexpr, OFFSET: tl.constexpr,
-    CAPPED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+    CAPPED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q, k ``[H, W, T, M]`` and w ``[H, W, T, V]``, summed over this worker's strips.
 
     A strip is marched down once, leaving its state every SEG rows in `mark`; then the segments go
-    up: a segment is marched again with a mark every 4 rows, and each 4 rows once more, now held in
+    up: a segment is marched again with a mark every 4 rows (DENSE leaves those on the way down and
+    saves this march, for four times the memory), and each 4 rows once more, now held in
     registers and walked backwards. A segment's ``dL/d(q . k)`` and weights go through `tile`, where
     they are read again a column a lane for the gradients of k and w.
     """
@@ -268,8 +301,9 @@ def attend_backward(
     dq_at, dk_at = dq_ptr + program * M * T, dk_ptr + program * M * T
     dw_at = dw_ptr + program * V * T
     segments = T // SEG
-    mark_at = mark_ptr + program * (segments + SEG // 4) * 2 * BD
-    near_at = mark_at + segments * 2 * BD
+    MARK: tl.constexpr = 4 if DENSE else SEG  # rows between the marks of the way down
+    mark_at = mark_ptr + program * (T // MARK + SEG // 4) * 2 * BD
+    near_at = mark_at + T // MARK * 2 * BD
     CW: tl.constexpr = BD + 32  # whole blocks of 32; the band needs BD + SEG
     u_at = tile_ptr + program * 2 * SEG * CW
     p_at = u_at + SEG * CW
@@ -282,36 +316,44 @@ def attend_backward(
     for turn in range(0, tl.cdiv(strips, W)):
         d0 = OFFSET + strip_of(turn, worker, W) * BD
         d = d0 + lane
+        far = d.to(tl.float32)
         first = d0 // SEG
         t = tl.zeros([BD], tl.float32)
         c = tl.zeros([BD], tl.float32)
         for s in range(first, segments):
-            tl.store(mark_at + s * 2 * BD + lane, t)
-            if SCAN:
-                tl.store(mark_at + s * 2 * BD + BD + lane, c)
             for four in range(0, SEG // 4):
+                if DENSE or four == 0:
+                    here = mark_at + (s * (SEG // MARK) + four % (SEG // MARK)) * 2 * BD + lane
+                    tl.store(here, t)
+                    if SCAN:
+                        tl.store(here + BD, c)
                 for r in tl.static_range(4):
                     a, t, c, valid, tp, cp, start = cell(
                         q_at, k_at, starts_at, s * SEG + four * 4 + r, d, T, length, t, c, slope, bias,
                         M, CH, GATE, SCAN, OFFSET, PACKED,
                     )  # fmt: skip
+        tl.debug_barrier()  # marks are read in another layout than they were written in
         ta = tl.zeros([BD], tl.float32)
         ca = tl.zeros([BD], tl.float32)
         for back in range(0, segments - first):
             s = segments - 1 - back
-            t = tl.load(mark_at + s * 2 * BD + lane)
-            c = tl.zeros([BD], tl.float32)
-            if SCAN:
-                c = tl.load(mark_at + s * 2 * BD + BD + lane)
-            for four in range(0, SEG // 4):
-                tl.store(near_at + four * 2 * BD + lane, t)
+            if DENSE:
+                near_at = mark_at + s * (SEG // 4) * 2 * BD
+            else:
+                t = tl.load(mark_at + s * 2 * BD + lane)
+                c = tl.zeros([BD], tl.float32)
                 if SCAN:
-                    tl.store(near_at + four * 2 * BD + BD + lane, c)
-                for r in tl.static_range(4):
-                    a, t, c, valid, tp, cp, start = cell(
-                        q_at, k_at, starts_at, s * SEG + four * 4 + r, d, T, length, t, c, slope, bias,
-                        M, CH, GATE, SCAN, OFFSET, PACKED,
-                    )  # fmt: skip
+                    c = tl.load(mark_at + s * 2 * BD + BD + lane)
+                for four in range(0, SEG // 4):
+                    tl.store(near_at + four * 2 * BD + lane, t)
+                    if SCAN:
+                        tl.store(near_at + four * 2 * BD + BD + lane, c)
+                    for r in tl.static_range(4):
+                        a, t, c, valid, tp, cp, start = cell(
+                            q_at, k_at, starts_at, s * SEG + four * 4 + r, d, T, length, t, c, slope, bias,
+                            M, CH, GATE, SCAN, OFFSET, PACKED,
+                        )  # fmt: skip
+            tl.debug_barrier()
             for again in range(0, SEG // 4):
                 r = SEG - 4 - again * 4
                 i = s * SEG + r
@@ -336,28 +378,28 @@ def attend_backward(
                     M, CH, GATE, SCAN, OFFSET, PACKED,
                 )  # fmt: skip
                 ta, ca = row_gradient(
-                    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i + 3, r + 3, d, lane, T,
+                    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i + 3, r + 3, d, lane, far, T,
                     a3, t3, c3, tp3, cp3, v3, s3, ta, ca,
                     slope, sharp, cap, stream, seed, threshold, inverse,
-                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, DROPOUT,
+                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, PACKED, DROPOUT,
                 )  # fmt: skip
                 ta, ca = row_gradient(
-                    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i + 2, r + 2, d, lane, T,
+                    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i + 2, r + 2, d, lane, far, T,
                     a2, t2, c2, tp2, cp2, v2, s2, ta, ca,
                     slope, sharp, cap, stream, seed, threshold, inverse,
-                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, DROPOUT,
+                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, PACKED, DROPOUT,
                 )  # fmt: skip
                 ta, ca = row_gradient(
-                    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i + 1, r + 1, d, lane, T,
+                    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i + 1, r + 1, d, lane, far, T,
                     a1, t1, c1, tp1, cp1, v1, s1, ta, ca,
                     slope, sharp, cap, stream, seed, threshold, inverse,
-                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, DROPOUT,
+                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, PACKED, DROPOUT,
                 )  # fmt: skip
                 ta, ca = row_gradient(
-                    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i, r, d, lane, T,
+                    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i, r, d, lane, far, T,
                     a0, t0, c0, tp0, cp0, v0, s0, ta, ca,
                     slope, sharp, cap, stream, seed, threshold, inverse,
-                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, DROPOUT,
+                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, PACKED, DROPOUT,
                 )  # fmt: skip
             tl.debug_barrier()
             # Column c of the tile is key j = left + c; row r has its band at c in [r, r + BD).

@@ -15,14 +15,19 @@ from rosakit.ops.estimators.pairwise import UTILITY, Form, threshold
 MAX_WIDTH = 16
 SEGMENT = 16  # rows a segment
 _PROGRAMS = 2112  # 16 warps on each of 132 multiprocessors
+_DENSE_BYTES = 5 << 29  # 2.5 GiB: what the backward may spend on marks to save a march
 
 
 class Plan(NamedTuple):
-    """Launch sizes: diagonals a strip (a multiple of 32), workers a stream, registers a thread."""
+    """Launch sizes: diagonals a strip (a multiple of 32), workers a stream, registers a thread.
 
-    strip: int = 128
-    workers: int = 0
+    `dense` keeps four times the marks on the way down, and saves one of three marches.
+    """
+
+    strip: int
+    workers: int
     registers: int | None = None
+    dense: bool = False
 
 
 def _interpreted() -> bool:
@@ -102,11 +107,21 @@ def _with_margin(x: Tensor, plan: Plan) -> Tensor:
     return flat[margin:].view_as(x)
 
 
-def plan_for(streams: int, length: int) -> Plan:
-    """Enough workers a stream to fill the device, and no more than there are strips."""
-    plan = Plan()
-    strips = max(1, math.ceil(length / plan.strip))
-    return plan._replace(workers=max(1, min(strips, math.ceil(_PROGRAMS / max(1, streams)))))
+def _workers(streams: int, length: int, strip: int, programs: int) -> int:
+    """Enough workers a stream for so many programs, and no more than there are strips."""
+    return max(1, min(math.ceil(length / strip), math.ceil(programs / max(1, streams))))
+
+
+def forward_plan(streams: int, length: int) -> Plan:
+    """Wide strips: the row sums over a strip's lanes are what costs."""
+    return Plan(strip=256, workers=_workers(streams, length, 256, _PROGRAMS))
+
+
+def backward_plan(streams: int, length: int) -> Plan:
+    """Narrow strips: four rows of a strip are held in registers."""
+    plan = Plan(strip=64, workers=_workers(streams, length, 64, 2 * _PROGRAMS), registers=128)
+    marks = streams * plan.workers * (length // 4) * 2 * plan.strip * 4
+    return plan._replace(dense=marks <= _DENSE_BYTES)
 
 
 def _arguments(
@@ -248,7 +263,7 @@ def backward(
 
     dq, dk, dw = zeros(width), zeros(width), zeros(values)
     programs = streams * plan.workers
-    marks = length // SEGMENT + SEGMENT // 4
+    marks = length // (4 if plan.dense else SEGMENT) + SEGMENT // 4
     if options[0] > offset:
         kernels.attend_backward[(programs,)](
             q_ptr=q,
@@ -265,6 +280,7 @@ def backward(
             V=values,
             CV=_vector(values),
             SEG=SEGMENT,
+            DENSE=plan.dense,
             **_arguments(starts, seed, q, plan, options),
         )
     dnull = torch.zeros_like(null)
@@ -304,7 +320,7 @@ def _attend_op(
         *(length, routes, gate, slope, bias, scan, utility),
         *(sharpness, offset, cap, min_length, dropout),
     )
-    return forward(q, k, w, null, starts, seed, options, plan_for(q.shape[0], length))
+    return forward(q, k, w, null, starts, seed, options, forward_plan(q.shape[0], length))
 
 
 @_attend_op.register_fake
@@ -359,7 +375,7 @@ def _attend_backward_op(
         *(length, routes, gate, slope, bias, scan, utility),
         *(sharpness, offset, cap, min_length, dropout),
     )
-    plan = plan_for(q.shape[0], length)
+    plan = backward_plan(q.shape[0], length)
     return backward(grad, q, k, w, null, y, lse, starts, seed, options, plan)
 
 
