@@ -18,7 +18,7 @@ class Letters:
     """A tokenizer with one token a character."""
 
     def __call__(self, text, add_special_tokens=True):
-        assert not add_special_tokens
+        assert not add_special_tokens or not text
         return SimpleNamespace(input_ids=[ord(c) for c in text])
 
     def decode(self, ids):
@@ -84,15 +84,32 @@ def test_needles_stand_after_a_sentence_of_the_given_haystack():
 
 def test_beyond_the_window_means_that_nothing_of_the_needle_is_seen():
     (needle,) = make_needles(Letters(), (400,), (0.2,), samples=1)
-    seen_from = needle.answer - 1  # the first position that predicts
-    window = seen_from - (needle.end - 1)  # one token too short to reach the needle's last one
+    assert bytes(needle.ids[needle.question :].tolist()).startswith(b"\nWhat is")
+    # One token too short for the question's first token to reach the needle's last one.
+    window = needle.question - (needle.end - 1)
     assert needle.beyond(window)
     assert not needle.beyond(window + 1)
+    assert needle.beyond(window, sink_tokens=needle.start)
+    assert not needle.beyond(window, sink_tokens=needle.start + 1)
+
+
+def test_prompts_start_as_every_text_does():
+    class Marked(Letters):
+        def __call__(self, text, add_special_tokens=True):
+            ids = [ord(c) for c in text]
+            return SimpleNamespace(input_ids=[1, *ids] if add_special_tokens else ids)
+
+    (needle,) = make_needles(Marked(), (400,), (0.0,), samples=1)
+    assert needle.ids[0] == 1
+    assert (needle.ids[1:] != 1).all()
+    assert len(needle.ids) == 400
+    assert needle.start == 1
+    assert Letters().decode(needle.ids[needle.start : needle.end]).startswith(" The special")
 
 
 def test_a_copier_answers_all_and_a_windowed_one_only_what_it_sees():
     options = {"window": 150, "samples": 1, "seed": 1}
-    grid = (300, 400), (0.0, 1.0)
+    grid = (400, 500), (0.0, 1.0)
     free = niah(Copier(), Letters(), *grid, **options)
     near = niah(Copier(150), Letters(), *grid, **options)
     assert free.samples == near.samples == 4

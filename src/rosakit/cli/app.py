@@ -111,9 +111,17 @@ def evaluate(
 ) -> None:
     """Measure a trained model against full attention, bare windows and its control."""
     from rosakit.cli.evaluation import publish
+    from rosakit.errors import InvalidInputError
     from rosakit.evaluate.runs import evaluate_runs
     from rosakit.tuning.progress import stages
 
+    if output is not None:  # before anything is measured: a folder that cannot be written shows
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInputError(
+                f"cannot write results into {output}: {error.strerror}; choose another --output"
+            ) from error
     with stages() as progress:
         result = evaluate_runs(
             run,

@@ -13,11 +13,14 @@ __all__ = ["publish"]
 
 
 def publish(result: EvaluationResult, folder: Path) -> None:
-    """Print the table; write ``evaluation.json`` and the plot into a folder."""
+    """Write ``evaluation.json`` and the plot into a folder; print the table.
+
+    Saved first: a closed pipe must not lose minutes of measuring.
+    """
+    saved = result.save(folder / "evaluation.json")
+    png, svg = plot_perplexity_and_needles(result, folder / "evaluation")
     console = Console(highlight=False, soft_wrap=True)
     console.print(result_table(result))
     for line in gap_lines(result):
         console.print(line)
-    saved = result.save(folder / "evaluation.json")
-    png, svg = plot_perplexity_and_needles(result, folder / "evaluation")
     console.print(f"written: {saved}, {png}, {svg}")

@@ -204,6 +204,7 @@ def _task(recipe: Recipe, tokenizer: Any, texts: Mapping[str, Split]) -> Task:
         needles,
         recipe.window,
         position_edges(recipe.length, recipe.window),
+        sink_tokens=recipe.sink_tokens,
         seed=recipe.seed,
     )
 

@@ -53,25 +53,29 @@ class Needle:
 
     Attributes:
         ids: int64 ``[T]``, prompt and answer.
+        start, end: the needle's first token, and the index after its last.
+        question: index of the first token of the question.
         answer: index of the first answer token; the answer runs to the end.
-        end: index after the last token of the needle.
         length, depth: the cell of the grid.
         text: the needle in words.
     """
 
     ids: Tensor
-    answer: int
+    start: int
     end: int
+    question: int
+    answer: int
     length: int
     depth: float
     text: str
 
-    def beyond(self, window: int) -> bool:
-        """Whether no position that predicts the answer sees any of the needle.
+    def beyond(self, window: int, sink_tokens: int = 0) -> bool:
+        """Whether no position of the question or the answer sees any of the needle.
 
-        The first of them is ``answer - 1``, and it sees ``answer - window`` onwards.
+        The first of them is `question`, and it sees ``question + 1 - window`` onwards, and the
+        sinks. The question counts, because what it sees the next layer passes on to the answer.
         """
-        return self.end <= self.answer - window
+        return self.end <= self.question + 1 - window and self.start >= sink_tokens
 
 
 def make_needles(
@@ -91,7 +95,8 @@ def make_needles(
     the stretch of haystack differ from sample to sample and depend on the seed alone.
 
     Args:
-        tokenizer: called with a text; returns an object with ``input_ids``.
+        tokenizer: called with a text; returns an object with ``input_ids``. What it puts before
+            every text (a beginning-of-sequence token, say) starts each prompt.
         lengths: tokens.
         depths: 0 (start of the haystack) to 1 (its end).
         samples: prompts a cell.
@@ -119,6 +124,7 @@ def make_needles(
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
+    prefix = list(tokenizer("").input_ids)
     hay = encode(_filler(seed) if haystack is None else haystack)
     if not hay:
         raise InvalidInputError("the haystack holds no tokens; give a text")
@@ -134,7 +140,7 @@ def make_needles(
                 needle = encode(_NEEDLE.format(key=key) + f" {value}.")
                 asked = encode(_QUESTIONS[question].format(key=key))
                 answer = encode(f" {value}")
-                room = length - len(needle) - len(asked) - len(answer)
+                room = length - len(prefix) - len(needle) - len(asked) - len(answer)
                 if room < 0:
                     raise InvalidInputError(
                         f"a prompt of {length} tokens has no room for needle and question, which "
@@ -143,15 +149,18 @@ def make_needles(
                 start = random_.randrange(len(hay))
                 straw = [hay[(start + i) % len(hay)] for i in range(room)]
                 place = _sentence_end(straw, round(depth * room), boundaries)
-                ids = [*straw[:place], *needle, *straw[place:], *asked, *answer]
+                ids = [*prefix, *straw[:place], *needle, *straw[place:], *asked, *answer]
+                begin = len(prefix) + place
                 needles.append(
                     Needle(
                         torch.tensor(ids),
-                        length - len(answer),
-                        place + len(needle),
-                        length,
-                        depth,
-                        f"{key}: {value}",
+                        start=begin,
+                        end=begin + len(needle),
+                        question=length - len(answer) - len(asked),
+                        answer=length - len(answer),
+                        length=length,
+                        depth=depth,
+                        text=f"{key}: {value}",
                     )
                 )
     return needles

@@ -22,6 +22,7 @@ def niah(
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     *,
     window: int,
+    sink_tokens: int = 0,
     samples: int = 2,
     haystack: str | None = None,
     question: Question = "repeat",
@@ -38,9 +39,15 @@ def niah(
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        lengths, depths, samples, haystack, question, seed: see :func:`make_needles`.
-        window: tokens; needles that no answer position sees through it count as beyond it. Give
-            full attention the window it is compared with.
+        lengths: tokens of the prompts; see :func:`make_needles`, also for the next ones.
+        depths: 0 (start of the haystack) to 1 (its end).
+        samples: prompts a cell.
+        haystack: text to hide needles in; None for neutral short sentences.
+        question: how it is asked.
+        seed: of everything random.
+        window: tokens; needles that neither question nor answer see through it count as beyond
+            it. Give full attention the window it is compared with.
+        sink_tokens: first tokens that stay visible; a needle among them is not beyond.
         batch_size: prompts of one length a forward pass.
         progress: called after each batch.
 
@@ -60,6 +67,7 @@ def niah(
         model_scorer(model),
         needles,
         window=window,
+        sink_tokens=sink_tokens,
         question=question,
         seed=seed,
         device=device_of(model),
@@ -74,6 +82,7 @@ def measure_niah(
     needles: Sequence[Needle],
     *,
     window: int,
+    sink_tokens: int = 0,
     question: Question = "repeat",
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -99,7 +108,9 @@ def measure_niah(
         if progress is not None:
             progress("needles", done, len(needles))
     return {
-        name: NiahResult(_cells(needles, found, window), window, question, seed)
+        name: NiahResult(
+            _cells(needles, found, window, sink_tokens), window, question, seed, sink_tokens
+        )
         for name, found in hits.items()
     }
 
@@ -113,11 +124,13 @@ def _batches(needles: Sequence[Needle], size: int) -> Iterator[list[int]]:
             yield members[start : start + size]
 
 
-def _cells(needles: Sequence[Needle], hits: dict[int, bool], window: int) -> tuple[NiahCell, ...]:
+def _cells(
+    needles: Sequence[Needle], hits: dict[int, bool], window: int, sink_tokens: int
+) -> tuple[NiahCell, ...]:
     counts: dict[tuple[int, float], list[int]] = {}
     for index, needle in enumerate(needles):
         cell = counts.setdefault((needle.length, needle.depth), [0, 0, 0, 0])
-        hit, beyond = hits[index], needle.beyond(window)
+        hit, beyond = hits[index], needle.beyond(window, sink_tokens)
         for place, value in enumerate((True, hit, beyond, hit and beyond)):
             cell[place] += value
     return tuple(NiahCell(*where, *cell) for where, cell in counts.items())

@@ -103,7 +103,8 @@ class NiahCell:
         length: tokens of the whole prompt and answer.
         depth: where the needle stands, 0 (start of the haystack) to 1 (its end).
         samples, correct: needles asked for, and answers reproduced exactly.
-        beyond, beyond_correct: those whose needle no answer position sees through the window.
+        beyond, beyond_correct: those whose needle neither question nor answer see through the
+            window and its sinks.
     """
 
     length: int
@@ -128,12 +129,14 @@ class NiahResult:
         window: the window, in tokens, that decides what lies beyond it.
         question: "repeat" (the question ends in the needle's own words) or "paraphrase".
         seed: of keys, values and places.
+        sink_tokens: first tokens that stay visible beside the window.
     """
 
     cells: tuple[NiahCell, ...]
     window: int
     question: str
     seed: int
+    sink_tokens: int = 0
 
     @property
     def samples(self) -> int:
@@ -240,7 +243,9 @@ class EvaluationResult:
         """Share of the gap in nats between two variants that a third one closes.
 
         Args:
-            variant, floor, ceiling: names; 0 is the floor's level, 1 the ceiling's.
+            variant: name of the variant that is judged.
+            floor: name of the variant at share 0.
+            ceiling: name of the variant at share 1.
             beyond: count tokens with at least this many before them only.
 
         Returns:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rosakit.errors import DataError, InvalidInputError
 from rosakit.evaluate.environment import describe_environment
-from rosakit.evaluate.niah import niah
+from rosakit.evaluate.needles import make_needles
+from rosakit.evaluate.niah import measure_niah
 from rosakit.evaluate.perplexity import perplexity, position_edges
 from rosakit.evaluate.results import EvaluationResult, VariantResult
-from rosakit.evaluate.scores import Progress
+from rosakit.evaluate.scores import Progress, device_of, model_scorer
 from rosakit.tuning.attach import attach, detach, is_attached, rosa_parameters
 from rosakit.tuning.config import RosaConfig
 from rosakit.tuning.data import DataConfig, Document, read_documents
@@ -57,16 +58,21 @@ def evaluate_runs(
         base: base model to use instead of the one that the run names.
         sources: texts to measure; None for what the run held out.
         length: tokens measured of each document.
-        documents: documents measured; the longest ones, since positions far back are the point.
+        documents: documents measured; the longest ones in tokens, since positions far back are the
+            point.
         niah_lengths: lengths of the needle prompts in tokens; empty leaves needles out.
-        depths, samples, seed: see :func:`rosakit.evaluate.niah`.
-        dtype, device: see :func:`rosakit.tuning.sources.load_model`; None for the run's own.
+        depths: where needles stand; see :func:`rosakit.evaluate.niah`.
+        samples: needles at each length and depth.
+        seed: of the needles.
+        dtype: see :func:`rosakit.tuning.sources.load_model`; None for the run's own.
+        device: where to compute; None for the run's own.
         progress: called as ``progress(what, done, total)``.
 
     Raises:
         CheckpointError: a folder that is no result, or a corrupt one.
-        DataError: no held-out text.
-        InvalidInputError: a run without a window, sizes out of range, or a control that is none.
+        DataError: no held-out text; texts that the run trained on are left out.
+        InvalidInputError: a run without a window, sizes out of range, a control that retrieves, or
+            a run to compare with that was not trained alike (the message names what differs).
     """
     began = time.perf_counter()
     config = read_run(run)
@@ -75,12 +81,18 @@ def evaluate_runs(
         raise InvalidInputError(
             f"evaluation needs length >= 2 and documents >= 1, got {length} and {documents}"
         )
-    if control is not None and not _is_control(read_run(control)):
-        raise InvalidInputError(
-            f"{control} retrieves, so it is no control; train it with the same settings and "
-            "--control"
-        )
-    texts = _texts(config, sources)
+    if control is not None:
+        other = read_run(control)
+        if not _is_control(other):
+            raise InvalidInputError(
+                f"{control} retrieves, so it is no control; train it with the same settings and "
+                "--control"
+            )
+        _check_alike(run, config, control, other, may_differ=("control",))
+    if full is not None:
+        attention = ("rosa.window", "rosa.sink_tokens", "rosa.global_layers")
+        _check_alike(run, config, full, read_run(full), may_differ=attention)
+    texts, dropped = _texts(config, sources)
     options = {"base": base, "dtype": dtype, "device": device}
     plain, tokenizer = load_model(
         config.model if base is None else base,
@@ -88,10 +100,20 @@ def evaluate_runs(
         dtype=config.dtype if dtype is None else dtype,
         device=config.device if device is None else device,
     )
-    ids = tokenize(texts, tokenizer)
-    rows = sorted((x[:length].tolist() for x in ids if len(x) > 1), key=len, reverse=True)
-    rows = rows[:documents]
-    haystack = "\n".join(t.text for t in texts)
+    longest = sorted((x for x in tokenize(texts, tokenizer) if len(x) > 1), key=len, reverse=True)
+    rows = [ids[:length].tolist() for ids in longest[:documents]]
+    sinks = config.rosa.sink_tokens if config.rosa is not None else 0
+    needles = []
+    if niah_lengths:
+        # Before anything is measured: what is wrong with the grid shows here.
+        needles = make_needles(
+            tokenizer,
+            niah_lengths,
+            depths,
+            samples=samples,
+            haystack=_haystack(texts, max(niah_lengths)),
+            seed=seed,
+        )
 
     def measure(name: str, variant: Any, trained: int, description: str) -> VariantResult:
         def report(what: str, done: int, total: int) -> None:
@@ -100,26 +122,25 @@ def evaluate_runs(
 
         edges = [e for e in position_edges(length, window) if e <= length]
         scored = perplexity(variant, rows, edges=edges, progress=report)
-        needles = None
-        if niah_lengths:
-            needles = niah(
-                variant,
-                tokenizer,
-                niah_lengths,
-                depths,
+        grid = None
+        if needles:
+            grid = measure_niah(
+                model_scorer(variant),
+                needles,
                 window=window,
-                samples=samples,
-                haystack=haystack,
+                sink_tokens=sinks,
                 seed=seed,
+                device=device_of(variant),
                 progress=report,
-            )
-        return VariantResult(scored, needles, trained, description)
+            )["model"]
+        return VariantResult(scored, grid, trained, description)
 
     measured = {}
     for name, variant, trained, description in _variants(
         plain, config, window, {"rosa": run, "control": control, "full+trained": full}, options
     ):
         measured[name] = measure(name, variant, trained, description)
+        del variant  # before the next one is loaded
     order = ("full", "full+trained", "window", "window+sinks", "control", "rosa")
     return EvaluationResult(
         {name: measured[name] for name in order if name in measured},
@@ -130,9 +151,10 @@ def evaluate_runs(
             "run": os.fspath(run),
             "model": config.model if base is None else base,
             "window": window,
-            "sink_tokens": config.rosa.sink_tokens if config.rosa is not None else 0,
+            "sink_tokens": sinks,
             "length": length,
             "documents": len(rows),
+            "training_texts_left_out": dropped,
         },
     )
 
@@ -196,7 +218,55 @@ def _window(run: Path, config: TuneConfig) -> int:
     return config.rosa.window
 
 
-def _texts(config: TuneConfig, sources: Sequence[str] | None) -> list[Document]:
+_KEEPING = (
+    "output",
+    "device",
+    "log_every",
+    "save_every",
+    "keep_checkpoints",
+    "eval_every",
+    "eval_blocks",
+    "resume",
+)
+"""Settings of a run that do not change what is trained."""
+
+
+def _check_alike(
+    run: Path, config: TuneConfig, folder: Path, other: TuneConfig, *, may_differ: Sequence[str]
+) -> None:
+    """A comparison is worth its name only between runs that were trained alike."""
+    ours, theirs = (_flat(c.to_dict()) for c in (config, other))
+    skipped = {*_KEEPING, *may_differ}
+    different = sorted(
+        name
+        for name in ours.keys() | theirs.keys()
+        if name not in skipped and ours.get(name) != theirs.get(name)
+    )
+    if different:
+        told = "; ".join(f"{n}: {ours.get(n)} and {theirs.get(n)}" for n in different[:5])
+        raise InvalidInputError(
+            f"{os.fspath(folder)} was not trained like {os.fspath(run)} ({told}); train it again "
+            "with the same settings"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            out |= _flat(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = value
+    return out
+
+
+def _haystack(texts: Sequence[Document], length: int) -> str:
+    """Enough words for needles of `length` tokens, without tokenising everything."""
+    return "\n".join(t.text for t in texts)[: 64 * length]
+
+
+def _texts(config: TuneConfig, sources: Sequence[str] | None) -> tuple[list[Document], int]:
+    """What to measure, and how many texts were left out because the run trained on them."""
     if sources is not None:
         data = DataConfig(
             sources=tuple(sources),
@@ -204,10 +274,20 @@ def _texts(config: TuneConfig, sources: Sequence[str] | None) -> list[Document]:
             column=config.data.column,
             extensions=config.data.extensions,
         )
-        return read_documents(data).train
+        named = read_documents(data).train
+        trained: set[str] = set()
+        if config.data.sources:
+            trained = {document.text for document in read_documents(config.data).train}
+        found = [document for document in named if document.text not in trained]
+        if not found:
+            raise DataError(
+                f"the run trained on all {len(named)} texts that were named; name others, or leave "
+                "them out to measure what the run held out"
+            )
+        return found, len(named) - len(found)
     if not config.data.sources:
         raise DataError("the run was given its texts in memory; name texts to measure with data")
     found = read_documents(config.data).heldout
     if not found:
         raise DataError("the run held out no text; name texts to measure with data")
-    return found
+    return found, 0

@@ -32,7 +32,7 @@ class Task:
         documents: token ids by name of the text kind ("code", "prose", …); the first is the one
             that tables and plots show.
         needles: prompts, or none.
-        window: what lies beyond it counts as far away, for all variants.
+        window, sink_tokens: what they do not show counts as far away, for all variants.
         edges: of the position buckets, see :func:`~rosakit.evaluate.perplexity`.
         question, seed: of the needles.
         batch_size: sequences a forward pass.
@@ -42,6 +42,7 @@ class Task:
     needles: Sequence[Needle]
     window: int
     edges: Sequence[int] | None = None
+    sink_tokens: int = 0
     question: Question = "repeat"
     seed: int = 0
     batch_size: int = 1
@@ -81,6 +82,7 @@ def measure(
             scorer,
             task.needles,
             window=task.window,
+            sink_tokens=task.sink_tokens,
             question=task.question,
             seed=task.seed,
             device=device,
