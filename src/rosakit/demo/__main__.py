@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -110,6 +112,13 @@ def _small(options: argparse.Namespace, console: Console) -> EvaluationResult:
     return replace(result, seconds=time.perf_counter() - began)
 
 
+def _command() -> str:
+    """How to call rosakit from here: `make demo` does not put its environment on the PATH."""
+    if shutil.which("rosakit"):
+        return "rosakit"
+    return os.path.relpath(Path(sys.executable).with_name("rosakit"))
+
+
 def _finish(result: EvaluationResult, options: argparse.Namespace) -> int:
     saved = result.save(options.output / "results.json")
     png, svg = plot_perplexity_and_needles(result, options.output / "results")
@@ -124,7 +133,7 @@ def _finish(result: EvaluationResult, options: argparse.Namespace) -> int:
         console.print(line)
     console.print(f"\n{result.seconds / 60:.1f} minutes on {result.environment.hardware['cpu']}")
     console.print(f"results: {saved}\nplot:    {png}\n         {svg}")
-    console.print(f"try it:  rosakit generate {options.output / 'rosa'} --prompt 'def main('")
+    console.print(f"try it:  {_command()} generate {options.output / 'rosa'} --prompt 'def main('")
     return 0
 
 

@@ -76,7 +76,7 @@ def run_demo(
         model=model_name,
         data=DataConfig(heldout_share=0.0),
         length=recipe.length,
-        tokens=recipe.length * len(blocks),
+        steps=recipe.steps,
         lr_token_route=recipe.lr,
         seed=recipe.seed,
         dtype="float32",
