@@ -76,10 +76,13 @@ void bitflip_arrays(In<T, 3> q, In<T, 3> k, In<T, 3> v, MaybeIn<i32, 2> starts, 
     return a.shape(0) == call.batch && a.shape(1) == call.routes && a.shape(2) == call.time;
   };
   const auto rows = [&](const auto& a) { return stream(a) && a.shape(3) == call.bits; };
-  const auto level = [&](const auto& a) { return a.shape(0) == call.routes && a.shape(1) == call.bits; };
+  const auto level = [&](const auto& a) {
+    return a.shape(0) == call.routes && a.shape(1) == call.bits;
+  };
   expect(stream(k) && stream(v) && rows(grad) && rows(credit_q) && rows(credit_k),
          "q, k, v must have shape [B, R, T], grad and the results [B, R, T, M]");
-  expect(level(e0) && level(e1) && (!e_null || level(*e_null)), "e0, e1, e_null must have shape [R, M]");
+  expect(level(e0) && level(e1) && (!e_null || level(*e_null)),
+         "e0, e1, e_null must have shape [R, M]");
   expect(call.bits >= 1 && call.bits <= 16, "1 to 16 bits can be flipped");
   expect(!starts || (starts->shape(0) == call.batch && starts->shape(1) == call.time),
          "segment_starts must have shape [B, T]");
@@ -128,7 +131,8 @@ template <class T>
 void extend_arrays(SuffixMemory& memory, In<T, 3> q, In<T, 3> k, MaybeIn<u8, 2> mask,
                    Out<i32, 4> position, Out<i32, 4> length, bool candidates) {
   const MemoryOptions& o = memory.options();
-  expect(q.shape(0) == o.batch && q.shape(1) == o.routes, "q must have shape [B, R, n] of the memory");
+  expect(q.shape(0) == o.batch && q.shape(1) == o.routes,
+         "q must have shape [B, R, n] of the memory");
   const auto same = [&](const auto& a) {
     return a.shape(0) == q.shape(0) && a.shape(1) == q.shape(1) && a.shape(2) == q.shape(2);
   };
@@ -137,8 +141,9 @@ void extend_arrays(SuffixMemory& memory, In<T, 3> q, In<T, 3> k, MaybeIn<u8, 2> 
   expect(!mask || (mask->shape(0) == q.shape(0) && mask->shape(1) == q.shape(2)),
          "mask must have shape [B, n]");
   expect(candidates || position.shape(3) == 1, "one result a position without candidates");
-  memory.extend(Chunk<T>{q.data(), k.data(), mask ? mask->data() : nullptr, position.data(), length.data(),
-                         q.shape(2), candidates ? static_cast<unsigned>(position.shape(3)) : 0});
+  memory.extend(Chunk<T>{q.data(), k.data(), mask ? mask->data() : nullptr, position.data(),
+                         length.data(), q.shape(2),
+                         candidates ? static_cast<unsigned>(position.shape(3)) : 0});
 }
 
 template <class T, class C>
@@ -181,12 +186,18 @@ NB_MODULE(_core, m) {
   def_extend<i32>(memory);
   memory
       .def("lengths",
-           [](const SuffixMemory& self) { return std::vector<i64>(self.lengths().begin(), self.lengths().end()); })
+           [](const SuffixMemory& self) {
+             return std::vector<i64>(self.lengths().begin(), self.lengths().end());
+           })
       .def("starts",
-           [](const SuffixMemory& self) { return std::vector<i64>(self.starts().begin(), self.starts().end()); })
+           [](const SuffixMemory& self) {
+             return std::vector<i64>(self.starts().begin(), self.starts().end());
+           })
       .def(
           "index_select",
-          [](const SuffixMemory& self, const std::vector<i64>& rows) { return self.index_select(rows); },
+          [](const SuffixMemory& self, const std::vector<i64>& rows) {
+            return self.index_select(rows);
+          },
           nb::call_guard<nb::gil_scoped_release>())
       .def("truncate", &SuffixMemory::truncate, nb::call_guard<nb::gil_scoped_release>())
       .def("symbol", &SuffixMemory::symbol)
@@ -195,9 +206,9 @@ NB_MODULE(_core, m) {
       .def("options",
            [](const SuffixMemory& self) {
              const MemoryOptions& o = self.options();
-             return nb::make_tuple(o.batch, o.routes, o.bits, o.rule.granularity == Granularity::run,
-                                   o.rule.successor == Successor::strict, o.rule.max_length,
-                                   o.rule.min_length);
+             return nb::make_tuple(
+                 o.batch, o.routes, o.bits, o.rule.granularity == Granularity::run,
+                 o.rule.successor == Successor::strict, o.rule.max_length, o.rule.min_length);
            })
       .def("serialize",
            [](const SuffixMemory& self) {

@@ -37,8 +37,9 @@ void for_each_segment(const i32* starts, std::size_t n, F&& f, G&& g) {
 
 void check_length(std::size_t n) {
   if (n >= (std::size_t{1} << 31) - 1)
-    throw std::length_error("a stream of " + std::to_string(n) +
-                            " symbols is too long: positions are int32, so fewer than 2^31 - 1 fit");
+    throw std::length_error(
+        "a stream of " + std::to_string(n) +
+        " symbols is too long: positions are int32, so fewer than 2^31 - 1 fit");
 }
 
 /// Longest stream for which a worker may spend the memory of full rows, about 110 bytes a symbol.
@@ -108,14 +109,14 @@ void match_segment(Scratch& scratch, const T* q, const T* k, std::size_t n, cons
     throw std::invalid_argument("symbols must be >= 0; a negative one was found outside padding");
   const auto bits = static_cast<unsigned>(std::bit_width(top));
   if (bits <= DenseAutomaton::kMaxBits && n <= DenseAutomaton::kMaxSymbols) {
-    scratch.dense.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8), static_cast<u32>(n), rule,
-                        bits, out);
+    scratch.dense.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8), static_cast<u32>(n),
+                        rule, bits, out);
   } else if (bits <= LongSmallAutomaton::kMaxBits && n <= kLongDense) {
-    scratch.long_small.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8), static_cast<u32>(n),
-                             rule, bits, out);
+    scratch.long_small.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8),
+                             static_cast<u32>(n), rule, bits, out);
   } else if (bits <= LongDenseAutomaton::kMaxBits && n <= kLongDense) {
-    scratch.long_dense.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8), static_cast<u32>(n),
-                             rule, bits, out);
+    scratch.long_dense.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8),
+                             static_cast<u32>(n), rule, bits, out);
   } else if (bits <= 8 && n <= Automaton<false>::kMaxSymbols) {
     scratch.narrow.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8),
                          static_cast<u32>(n), rule, bits, out);
@@ -179,11 +180,13 @@ void best_successors(const SuccessorCall& call) {
           for (std::size_t i = at + g.begin; i < at + g.end; ++i) {
             const i32 token = call.tokens[i];
             if (token < 0)
-              throw std::invalid_argument("tokens must be >= 0; a negative one was found outside padding");
+              throw std::invalid_argument(
+                  "tokens must be >= 0; a negative one was found outside padding");
             stream.advance(static_cast<u32>(token), call.max_length);
             stream.append(static_cast<u32>(token));
             candidates.collect(stream, stream.at, call.candidates, call.min_length,
-                               static_cast<i32>(g.begin), call.position + i * k, call.length + i * k);
+                               static_cast<i32>(g.begin), call.position + i * k,
+                               call.length + i * k);
           }
         },
         [&](Segment g) {

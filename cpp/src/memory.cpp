@@ -36,7 +36,8 @@ std::shared_ptr<Lane> widen(const Lane& lane, const MemoryOptions& o) {
   wide->skip(lane.start());
   i32 position, length;
   for (u32 i = lane.start(); i < lane.length(); ++i)
-    wide->step(lane.query(i), lane.key(i), i + Lane::kUndoDepth >= lane.length(), &position, &length);
+    wide->step(lane.query(i), lane.key(i), i + Lane::kUndoDepth >= lane.length(), &position,
+               &length);
   return wide;
 }
 
@@ -69,10 +70,12 @@ void check_symbols(const T* x, const char* name, const MemoryOptions& o, const C
 SuffixMemory::SuffixMemory(const MemoryOptions& options)
     : options_(options), lengths_(options.batch, 0), starts_(options.batch, 0) {
   if (options.max_bytes && options.max_bytes < 2 * kLeastLane * options.batch * options.routes)
-    throw std::invalid_argument("max_bytes=" + std::to_string(options.max_bytes) + " is too small for " +
-                                std::to_string(options.batch * options.routes) + " streams; they need " +
-                                std::to_string(2 * kLeastLane * options.batch * options.routes));
-  if (options.bits > 16) throw std::invalid_argument("bits must be between 1 and 16, or 0 for token ids");
+    throw std::invalid_argument(
+        "max_bytes=" + std::to_string(options.max_bytes) + " is too small for " +
+        std::to_string(options.batch * options.routes) + " streams; they need " +
+        std::to_string(2 * kLeastLane * options.batch * options.routes));
+  if (options.bits > 16)
+    throw std::invalid_argument("bits must be between 1 and 16, or 0 for token ids");
   lanes_.resize(options.batch * options.routes);
   for (auto& lane : lanes_) lane = make_lane(options_);
 }
@@ -81,10 +84,12 @@ class SuffixMemory::Use {
  public:
   explicit Use(const SuffixMemory& memory) : state_(*memory.state_) {
     if (state_.busy.test_and_set(std::memory_order_acquire))
-      throw std::runtime_error("this memory is in use by another thread; give each thread its own fork");
+      throw std::runtime_error(
+          "this memory is in use by another thread; give each thread its own fork");
     if (state_.broken) {
       state_.busy.clear();
-      throw std::runtime_error("this memory was left incomplete by an earlier failure; load or make another");
+      throw std::runtime_error(
+          "this memory was left incomplete by an earlier failure; load or make another");
     }
   }
   ~Use() { state_.busy.clear(std::memory_order_release); }
@@ -103,7 +108,8 @@ template <class T>
 void SuffixMemory::feed(std::size_t s, const Chunk<T>& chunk, std::size_t begin, std::size_t end) {
   const std::size_t n = chunk.n, width = chunk.candidates ? chunk.candidates : 1;
   const u8* mask = chunk.mask ? chunk.mask + s / options_.routes * n : nullptr;
-  if (!lanes_[s]->has_room(end - begin)) [[unlikely]] lanes_[s] = widen(*lanes_[s], options_);
+  if (!lanes_[s]->has_room(end - begin)) [[unlikely]]
+    lanes_[s] = widen(*lanes_[s], options_);
   Lane& lane = own(lanes_[s]);
   std::size_t left = end - begin;
   if (mask) left -= static_cast<std::size_t>(std::count(mask + begin, mask + end, u8{0}));
@@ -118,9 +124,11 @@ void SuffixMemory::feed(std::size_t s, const Chunk<T>& chunk, std::size_t begin,
     }
     const bool undoable = left-- <= Lane::kUndoDepth;
     if (chunk.candidates)
-      lane.step_candidates(static_cast<u32>(chunk.q[at]), chunk.candidates, undoable, position, length);
+      lane.step_candidates(static_cast<u32>(chunk.q[at]), chunk.candidates, undoable, position,
+                           length);
     else
-      lane.step(static_cast<u32>(chunk.q[at]), static_cast<u32>(chunk.k[at]), undoable, position, length);
+      lane.step(static_cast<u32>(chunk.q[at]), static_cast<u32>(chunk.k[at]), undoable, position,
+                length);
   }
 }
 
@@ -161,8 +169,8 @@ void SuffixMemory::extend(const Chunk<T>& chunk) {
     return;
   }
   // Under a budget: in slices, so that room can be made before each.
-  const std::size_t slice = std::max<std::size_t>(
-      1, (options_.max_bytes / lanes_.size() - kLeastLane) / 1024);
+  const std::size_t slice =
+      std::max<std::size_t>(1, (options_.max_bytes / lanes_.size() - kLeastLane) / 1024);
   for (std::size_t at = 0; at < n; at += slice) {
     const std::size_t end = std::min(n, at + slice);
     make_room(end - at);
@@ -173,9 +181,10 @@ void SuffixMemory::extend(const Chunk<T>& chunk) {
 
 template <class T>
 void SuffixMemory::feed_all(const Chunk<T>& chunk, std::size_t begin, std::size_t end) {
-  // Lanes are fed in blocks. Within a block of short chunks, lanes ahead are brought into cache stage
-  // by stage while this one takes its step: their accesses depend on each other, ours do not.
-  const std::size_t block = std::max<std::size_t>(1, std::min<std::size_t>(64, 4096 / (end - begin + 1)));
+  // Lanes are fed in blocks. Within a block of short chunks, lanes ahead are brought into cache
+  // stage by stage while this one takes its step: their accesses depend on each other, ours do not.
+  const std::size_t block =
+      std::max<std::size_t>(1, std::min<std::size_t>(64, 4096 / (end - begin + 1)));
   const std::size_t blocks = (lanes_.size() + block - 1) / block;
   parallel_for(blocks, [&](std::size_t b, unsigned) {
     const std::size_t first = b * block, last = std::min(lanes_.size(), first + block);
@@ -188,7 +197,8 @@ void SuffixMemory::feed_all(const Chunk<T>& chunk, std::size_t begin, std::size_
           const std::size_t ahead = s - stage * kDistance;
           if (s >= first + stage * kDistance && ahead < last)
             lanes_[ahead]->approach(stage, static_cast<u32>(chunk.q[ahead * chunk.n + begin]),
-                                    static_cast<u32>(chunk.k[ahead * chunk.n + begin]), chain[ahead - first]);
+                                    static_cast<u32>(chunk.k[ahead * chunk.n + begin]),
+                                    chain[ahead - first]);
         }
       }
       if (s >= first + kLead) feed(s - kLead, chunk, begin, end);
@@ -225,7 +235,8 @@ SuffixMemory SuffixMemory::index_select(std::span<const i64> rows) const {
 void SuffixMemory::truncate(std::size_t row, i64 length) {
   const Use use(*this);
   if (row >= options_.batch) throw std::out_of_range("no row " + std::to_string(row));
-  if (length < 0) throw std::invalid_argument("a length must be >= 0, got " + std::to_string(length));
+  if (length < 0)
+    throw std::invalid_argument("a length must be >= 0, got " + std::to_string(length));
   if (length >= lengths_[row]) return;
   parallel_for(options_.routes, [&](std::size_t r, unsigned) {
     own(lanes_[row * options_.routes + r]).truncate(static_cast<u32>(length));

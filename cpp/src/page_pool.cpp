@@ -33,13 +33,15 @@ u32 g_empty = 0;         // of which wholly free
 std::size_t g_bytes = 0;
 
 /// The pool's lock is held across fork() so that a child never inherits it taken by another thread.
-const int g_registered = pthread_atfork([] { g_mutex.lock(); }, [] { g_mutex.unlock(); },
-                                        [] { g_mutex.unlock(); });
+const int g_registered =
+    pthread_atfork([] { g_mutex.lock(); }, [] { g_mutex.unlock(); }, [] { g_mutex.unlock(); });
 
 Slab* slab_of(void* page) {
   return reinterpret_cast<Slab*>(reinterpret_cast<std::uintptr_t>(page) & ~(kSlabBytes - 1));
 }
-bool full(const Slab* s) { return !s->free && s->cut == kPages; }
+bool full(const Slab* s) {
+  return !s->free && s->cut == kPages;
+}
 
 void open(Slab* s) {
   s->before = nullptr;

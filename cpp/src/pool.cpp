@@ -137,7 +137,9 @@ Shared& shared() {
 
 }  // namespace
 
-unsigned num_threads() { return shared().threads; }
+unsigned num_threads() {
+  return shared().threads;
+}
 
 void set_num_threads(unsigned n) {
   if (n < 1 || n > 1024)

@@ -57,7 +57,9 @@ u32 crc32(const char* data, std::size_t n) {
   return ~c;
 }
 
-u16 symbol_bytes(unsigned bits) { return bits == 0 ? 4 : bits <= 8 ? 1 : 2; }
+u16 symbol_bytes(unsigned bits) {
+  return bits == 0 ? 4 : bits <= 8 ? 1 : 2;
+}
 
 void put(std::string& out, u32 symbol, u16 width) {
   out.append(reinterpret_cast<const char*>(&symbol), width);
@@ -67,7 +69,8 @@ class Reader {
  public:
   explicit Reader(std::span<const char> bytes) : bytes_(bytes) {}
   const char* take(u64 n) {
-    if (n > bytes_.size() - at_) throw std::runtime_error("memory file: the data end too early (truncated?)");
+    if (n > bytes_.size() - at_)
+      throw std::runtime_error("memory file: the data end too early (truncated?)");
     const char* p = bytes_.data() + at_;
     at_ += n;
     return p;
@@ -129,13 +132,15 @@ SuffixMemory SuffixMemory::deserialize(std::span<const char> bytes) {
                              " is newer than this rosakit reads (" + std::to_string(kVersion) +
                              "); upgrade rosakit");
   if (h.payload_bytes > in.left() || in.left() - h.payload_bytes != 4)
-    throw std::runtime_error("memory file: " + std::to_string(bytes.size()) + " bytes where the header announces " +
-                             std::to_string(sizeof h + h.payload_bytes + 4) + " (truncated or damaged)");
+    throw std::runtime_error(
+        "memory file: " + std::to_string(bytes.size()) + " bytes where the header announces " +
+        std::to_string(sizeof h + h.payload_bytes + 4) + " (truncated or damaged)");
   if (get(bytes.data() + bytes.size() - 4, 4) != crc32(bytes.data(), bytes.size() - 4))
     throw std::runtime_error("memory file: the checksum does not agree (damaged)");
-  if (h.version < 1 || h.header_bytes != sizeof h || h.bits > 16 || h.granularity > 1 || h.successor > 1 ||
-      h.symbol_bytes != symbol_bytes(h.bits) || h.max_length < 1 || h.max_length > kUnlimited ||
-      h.min_length < 1 || h.min_length > kUnlimited || h.batch > h.payload_bytes / sizeof(i64) ||
+  if (h.version < 1 || h.header_bytes != sizeof h || h.bits > 16 || h.granularity > 1 ||
+      h.successor > 1 || h.symbol_bytes != symbol_bytes(h.bits) || h.max_length < 1 ||
+      h.max_length > kUnlimited || h.min_length < 1 || h.min_length > kUnlimited ||
+      h.batch > h.payload_bytes / sizeof(i64) ||
       (h.batch && h.routes > h.payload_bytes / h.batch) || h.routes > (u64{1} << 31))
     throw std::runtime_error("memory file: a header field is out of range (damaged)");
 
@@ -143,8 +148,8 @@ SuffixMemory SuffixMemory::deserialize(std::span<const char> bytes) {
   o.batch = h.batch;
   o.routes = h.routes;
   o.bits = h.bits;
-  o.rule = {static_cast<Granularity>(h.granularity), static_cast<Successor>(h.successor), h.max_length,
-            h.min_length};
+  o.rule = {static_cast<Granularity>(h.granularity), static_cast<Successor>(h.successor),
+            h.max_length, h.min_length};
   o.max_bytes = h.max_bytes;
   SuffixMemory memory(o);
   std::memcpy(memory.lengths_.data(), in.take(h.batch * sizeof(i64)), h.batch * sizeof(i64));
@@ -158,7 +163,8 @@ SuffixMemory SuffixMemory::deserialize(std::span<const char> bytes) {
   std::vector<Symbols> symbols(lanes);
   for (std::size_t s = 0; s < lanes; ++s) {
     const i64 first = memory.starts_[s / o.routes], n = memory.lengths_[s / o.routes] - first;
-    if (first < 0 || n < 0 || first + n >= (i64{1} << 31)) throw std::runtime_error("memory file: a length is out of range");
+    if (first < 0 || n < 0 || first + n >= (i64{1} << 31))
+      throw std::runtime_error("memory file: a length is out of range");
     symbols[s].key = in.take(static_cast<u64>(n) * h.symbol_bytes);
     symbols[s].query = self[s] ? symbols[s].key : in.take(static_cast<u64>(n) * h.symbol_bytes);
   }
@@ -171,7 +177,8 @@ SuffixMemory SuffixMemory::deserialize(std::span<const char> bytes) {
     for (i64 i = 0; i < n; ++i) {
       const u32 q = get(symbols[s].query + i * h.symbol_bytes, h.symbol_bytes);
       const u32 k = get(symbols[s].key + i * h.symbol_bytes, h.symbol_bytes);
-      if (q >= limit || k >= limit) throw std::runtime_error("memory file: a symbol is out of range");
+      if (q >= limit || k >= limit)
+        throw std::runtime_error("memory file: a symbol is out of range");
       memory.lanes_[s]->step(q, k, i + static_cast<i64>(Lane::kUndoDepth) >= n, &position, &length);
     }
   });

@@ -1,5 +1,6 @@
 // Compares the solver and a chunked memory with the definition on inputs that the fuzzer makes up.
-// Without libFuzzer (ROSAKIT_FUZZ off) this is a program that draws its inputs: fuzz [seconds] [seed].
+// Without libFuzzer (ROSAKIT_FUZZ off) this is a program that draws its inputs: fuzz [seconds]
+// [seed].
 #include <cstdio>
 #include <cstdlib>
 
@@ -50,7 +51,8 @@ std::size_t compare(const u8* data, std::size_t size) {
   const std::size_t chunk = 1 + data[5] % 32u;
   for (std::size_t i = 0; i < n; i += chunk) {
     const std::size_t m = std::min(chunk, n - i);
-    memory.extend(Chunk<u8>{q.data() + i, k.data() + i, nullptr, got.position.data() + i, got.length.data() + i, m, 0});
+    memory.extend(Chunk<u8>{q.data() + i, k.data() + i, nullptr, got.position.data() + i,
+                            got.length.data() + i, m, 0});
     if (data[5] & 32 && i + m < n) {  // speculate, then take it back
       std::vector<i32> position(m), length(m);
       memory.extend(Chunk<u8>{k.data(), q.data(), nullptr, position.data(), length.data(), m, 0});
@@ -76,9 +78,11 @@ int main(int argc, char** argv) {
   testing::Random random(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
   const auto start = std::chrono::steady_clock::now();
   u64 positions = 0, streams = 0;
-  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
+  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() <
+         seconds) {
     const std::size_t n = 1 + random.below(random.chance(10) ? 200 : 40);
-    const auto [q, k] = testing::draw(random.below(testing::kFamilies), n, 2u << random.below(5), random);
+    const auto [q, k] =
+        testing::draw(random.below(testing::kFamilies), n, 2u << random.below(5), random);
     std::vector<u8> data(6);
     for (u8& b : data) b = static_cast<u8>(random.below(256));
     for (std::size_t i = 0; i < n; ++i) {

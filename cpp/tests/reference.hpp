@@ -27,7 +27,7 @@ inline Result match(const Symbols& q, const Symbols& k, const Rule& rule, unsign
   const std::size_t n = q.size();
   Result out{std::vector<i32>(n), std::vector<i32>(n), std::vector<i32>(n * bits)};
   const bool run = rule.granularity == Granularity::run;
-  Symbols a, c;           // what is compared: runs, or the streams themselves
+  Symbols a, c;            // what is compared: runs, or the streams themselves
   std::vector<i32> start;  // of key runs
   for (std::size_t i = 0; i < n; ++i) {
     const bool fresh = !run || !i || q[i] != q[i - 1];

@@ -30,23 +30,40 @@ class Random {
 inline constexpr unsigned kFamilies = 10;
 
 /// A pair (q, k) of n symbols below `alphabet`.
-inline std::pair<Symbols, Symbols> draw(unsigned family, std::size_t n, u32 alphabet, Random& random) {
+inline std::pair<Symbols, Symbols> draw(unsigned family, std::size_t n, u32 alphabet,
+                                        Random& random) {
   Symbols k(n);
   const u32 period = 1 + random.below(5), a = random.below(alphabet), b = random.below(alphabet);
   for (std::size_t i = 0; i < n; ++i) {
     switch (family) {
-      case 0: k[i] = random.below(alphabet); break;
-      case 1: k[i] = a; break;
-      case 2: k[i] = i < period ? random.below(alphabet) : k[i - period]; break;
-      case 3: k[i] = std::popcount(i) & 1 ? a : b; break;  // Thue-Morse
+      case 0:
+        k[i] = random.below(alphabet);
+        break;
+      case 1:
+        k[i] = a;
+        break;
+      case 2:
+        k[i] = i < period ? random.below(alphabet) : k[i - period];
+        break;
+      case 3:
+        k[i] = std::popcount(i) & 1 ? a : b;
+        break;   // Thue-Morse
       case 4: {  // Fibonacci word: floor((i + 2) / phi) - floor((i + 1) / phi)
-        const auto floor_phi = [](u64 x) { return static_cast<u64>(static_cast<double>(x) * 0.6180339887498949); };
+        const auto floor_phi = [](u64 x) {
+          return static_cast<u64>(static_cast<double>(x) * 0.6180339887498949);
+        };
         k[i] = floor_phi(i + 2) - floor_phi(i + 1) ? a : b;
         break;
       }
-      case 5: k[i] = i && random.chance(70) ? k[i - 1] : random.below(alphabet); break;  // runs
-      case 6: k[i] = i == n / 2 ? b : a; break;
-      default: k[i] = random.below(alphabet); break;
+      case 5:
+        k[i] = i && random.chance(70) ? k[i - 1] : random.below(alphabet);
+        break;  // runs
+      case 6:
+        k[i] = i == n / 2 ? b : a;
+        break;
+      default:
+        k[i] = random.below(alphabet);
+        break;
     }
   }
   if (family >= 7)  // copied passages
@@ -56,7 +73,8 @@ inline std::pair<Symbols, Symbols> draw(unsigned family, std::size_t n, u32 alph
       at += random.below(4);
     }
   Symbols q = k;
-  if (family == 9) std::rotate(q.begin(), q.begin() + random.below(std::min<std::size_t>(n, 4)), q.end());
+  if (family == 9)
+    std::rotate(q.begin(), q.begin() + random.below(std::min<std::size_t>(n, 4)), q.end());
   if (family == 8 || random.chance(40))
     for (u32& s : q)
       if (random.chance(8)) s = random.below(alphabet);

@@ -30,7 +30,8 @@ void exercise(u64 seed, int operations) {
   options.walk_base = random.chance(50) ? 8192 : random.below(40);
   const u32 alphabet = u32{1} << std::min(options.bits ? options.bits : 12u, 1 + random.below(5));
   std::vector<Twin> twins;
-  twins.push_back({SuffixMemory(options), std::vector<std::array<Symbols, 2>>(options.batch * options.routes)});
+  twins.push_back(
+      {SuffixMemory(options), std::vector<std::array<Symbols, 2>>(options.batch * options.routes)});
   for (int step = 0; step < operations; ++step) {
     Twin& t = twins[random.below(twins.size())];
     const std::size_t batch = t.memory.options().batch, routes = options.routes;
@@ -49,8 +50,8 @@ void exercise(u64 seed, int operations) {
           k[s * n + i] = static_cast<i32>(ks[i]);
         }
       }
-      t.memory.extend(Chunk<i32>{q.data(), k.data(), masked ? mask.data() : nullptr, position.data(),
-                                 length.data(), n, 0});
+      t.memory.extend(Chunk<i32>{q.data(), k.data(), masked ? mask.data() : nullptr,
+                                 position.data(), length.data(), n, 0});
       for (std::size_t s = 0; s < batch * routes; ++s) {
         std::vector<std::size_t> fresh;
         for (std::size_t i = 0; i < n; ++i) {
@@ -74,7 +75,8 @@ void exercise(u64 seed, int operations) {
     } else if (choice < 80) {
       const std::size_t row = random.below(batch);
       const i64 now = t.memory.lengths()[row];
-      const i64 to = random.chance(70) ? std::max<i64>(0, now - random.below(20)) : random.below(static_cast<u64>(now) + 1);
+      const i64 to = random.chance(70) ? std::max<i64>(0, now - random.below(20))
+                                       : random.below(static_cast<u64>(now) + 1);
       t.memory.truncate(row, to);
       for (std::size_t r = 0; r < routes; ++r)
         for (Symbols& x : t.fed[row * routes + r]) x.resize(static_cast<std::size_t>(to));
@@ -125,14 +127,17 @@ TEST_CASE("a budget is kept, and matches stay exact within what is remembered") 
   i64 evictions = 0, start = 0;
   for (std::size_t i = 0; i < n; ++i) {
     for (std::size_t s = 0; s < routes; ++s) one_q[s] = q[s * n + i], one_k[s] = k[s * n + i];
-    memory.extend(Chunk<u8>{one_q.data(), one_k.data(), nullptr, position.data(), length.data(), 1, 0});
+    memory.extend(
+        Chunk<u8>{one_q.data(), one_k.data(), nullptr, position.data(), length.data(), 1, 0});
     REQUIRE(memory.reserved_bytes() <= options.max_bytes);
     evictions += memory.starts()[0] > start;
     start = memory.starts()[0];
     if (i % 97 == 0 || start + 5 > static_cast<i64>(i))
       for (std::size_t s = 0; s < routes; ++s) {
-        const auto first = static_cast<std::ptrdiff_t>(s * n) + start, last = static_cast<std::ptrdiff_t>(s * n + i + 1);
-        const auto want = reference::match({q.begin() + first, q.begin() + last}, {k.begin() + first, k.begin() + last}, {});
+        const auto first = static_cast<std::ptrdiff_t>(s * n) + start,
+                   last = static_cast<std::ptrdiff_t>(s * n + i + 1);
+        const auto want = reference::match({q.begin() + first, q.begin() + last},
+                                           {k.begin() + first, k.begin() + last}, {});
         REQUIRE(length[s] == want.length.back());
         REQUIRE(position[s] == (length[s] ? want.position.back() + start : kNull));
       }
@@ -142,8 +147,10 @@ TEST_CASE("a budget is kept, and matches stay exact within what is remembered") 
   SuffixMemory twin = SuffixMemory::deserialize({bytes.data(), bytes.size()});
   CHECK(twin.starts()[0] == start);
   std::vector<i32> position2(routes), length2(routes);
-  memory.extend(Chunk<u8>{one_q.data(), one_k.data(), nullptr, position.data(), length.data(), 1, 0});
-  twin.extend(Chunk<u8>{one_q.data(), one_k.data(), nullptr, position2.data(), length2.data(), 1, 0});
+  memory.extend(
+      Chunk<u8>{one_q.data(), one_k.data(), nullptr, position.data(), length.data(), 1, 0});
+  twin.extend(
+      Chunk<u8>{one_q.data(), one_k.data(), nullptr, position2.data(), length2.data(), 1, 0});
   CHECK(position == position2);
   twin.truncate(0, 3);
   CHECK(twin.lengths()[0] == 3);
@@ -187,10 +194,11 @@ TEST_CASE("symbols out of range change nothing") {
   SuffixMemory memory({.batch = 1, .routes = 1, .bits = 3, .rule = {}});
   const std::array<i32, 3> x{1, 2, 8}, negative{1, -2, 0};
   std::array<i32, 3> position, length;
-  CHECK_THROWS_AS(memory.extend(Chunk<i32>{x.data(), x.data(), nullptr, position.data(), length.data(), 3, 0}),
-                  std::invalid_argument);
   CHECK_THROWS_AS(
-      memory.extend(Chunk<i32>{negative.data(), negative.data(), nullptr, position.data(), length.data(), 3, 0}),
+      memory.extend(Chunk<i32>{x.data(), x.data(), nullptr, position.data(), length.data(), 3, 0}),
       std::invalid_argument);
+  CHECK_THROWS_AS(memory.extend(Chunk<i32>{negative.data(), negative.data(), nullptr,
+                                           position.data(), length.data(), 3, 0}),
+                  std::invalid_argument);
   CHECK(memory.lengths()[0] == 0);
 }

@@ -27,7 +27,8 @@ TEST_CASE("recency tree answers interval maxima") {
       tree.put(at, value);
       plain[at] = value;
       const u32 a = random.below(slots), b = a + random.below(slots - a + 1);
-      REQUIRE(tree.max(a, b) == (a == b ? kNull : *std::max_element(plain.begin() + a, plain.begin() + b)));
+      REQUIRE(tree.max(a, b) ==
+              (a == b ? kNull : *std::max_element(plain.begin() + a, plain.begin() + b)));
     }
   }
 }
@@ -55,9 +56,10 @@ TEST_CASE("the pool runs everything once, and passes on errors") {
     ++seen[i];
   });
   for (const auto& s : seen) REQUIRE(s == 1);
-  CHECK_THROWS_AS(parallel_for(100, [](std::size_t i, unsigned) {
-                    if (i == 50) throw std::runtime_error("fifty");
-                  }),
+  CHECK_THROWS_AS(parallel_for(100,
+                               [](std::size_t i, unsigned) {
+                                 if (i == 50) throw std::runtime_error("fifty");
+                               }),
                   std::runtime_error);
   std::vector<std::thread> callers;
   std::atomic<int> total = 0;
@@ -94,15 +96,29 @@ TEST_CASE("segments are separate streams") {
   const std::vector<u8> x{1, 2, 1, 2, 9, 1, 2, 1};
   const std::vector<i32> starts{0, 0, 0, 0, -1, 5, 5, 5};
   std::vector<i32> position(8, -7), length(8, -7), flipped(16, -7);
-  match(MatchCall<u8>{x.data(), x.data(), starts.data(), position.data(), length.data(), flipped.data(), 2,
-                      {1, 1, 8}, {}});
+  match(MatchCall<u8>{x.data(),
+                      x.data(),
+                      starts.data(),
+                      position.data(),
+                      length.data(),
+                      flipped.data(),
+                      2,
+                      {1, 1, 8},
+                      {}});
   CHECK(position == std::vector<i32>{-1, -1, 1, 2, -1, -1, -1, 6});
   CHECK(length == std::vector<i32>{0, 0, 1, 2, 0, 0, 0, 1});
   CHECK(flipped[8] == kNull);
 }
 
 TEST_CASE("streams that positions cannot count are refused") {
-  CHECK_THROWS_AS(match(MatchCall<u8>{nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0,
-                                      {1, 1, std::size_t{1} << 31}, {}}),
+  CHECK_THROWS_AS(match(MatchCall<u8>{nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      0,
+                                      {1, 1, std::size_t{1} << 31},
+                                      {}}),
                   std::length_error);
 }

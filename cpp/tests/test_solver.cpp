@@ -18,7 +18,8 @@ reference::Result solve(const Symbols& q, const Symbols& k, const Rule& rule, un
   using Symbol = typename Tree::Symbol;
   const std::vector<Symbol> qs(q.begin(), q.end()), ks(k.begin(), k.end());
   const std::size_t n = q.size();
-  reference::Result out{std::vector<i32>(n, -7), std::vector<i32>(n, -7), std::vector<i32>(n * flips, -7)};
+  reference::Result out{std::vector<i32>(n, -7), std::vector<i32>(n, -7),
+                        std::vector<i32>(n * flips, -7)};
   Solver<Tree> solver;
   solver.budget = budget;
   solver.match(qs.data(), ks.data(), static_cast<u32>(n), rule, symbol_bits,
@@ -31,12 +32,15 @@ reference::Result solve(const Symbols& q, const Symbols& k, const Rule& rule, un
 TEST_CASE("every phase of the solver gives the definition") {
   Random random(1);
   for (int trial = 0; trial < 6000; ++trial) {
-    const unsigned bits = 1 + random.below(8), flips = random.chance(50) ? random.below(bits + 1) : 0;
+    const unsigned bits = 1 + random.below(8),
+                   flips = random.chance(50) ? random.below(bits + 1) : 0;
     const std::size_t n = 1 + random.below(trial % 10 ? 60 : 250);
-    const auto [q, k] = draw(random.below(kFamilies), n, u32{1} << std::min(bits, 1 + random.below(8)), random);
+    const auto [q, k] =
+        draw(random.below(kFamilies), n, u32{1} << std::min(bits, 1 + random.below(8)), random);
     const Rule rule = draw_rule(random);
     // All online, all offline, and a change in the middle.
-    const Budget budget = std::array{Budget{}, Budget{0, 0}, Budget{0, 1 + random.below(200)}}[trial % 3];
+    const Budget budget =
+        std::array{Budget{}, Budget{0, 0}, Budget{0, 1 + random.below(200)}}[trial % 3];
     CAPTURE(trial);
     const reference::Result want = reference::match(q, k, rule, flips);
     REQUIRE(solve<Narrow>(q, k, rule, bits, flips, budget) == want);

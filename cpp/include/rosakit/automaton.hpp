@@ -40,7 +40,8 @@ class Automaton {
   using Symbol = std::conditional_t<kWide, u32, u8>;
   using State = std::conditional_t<kWide, WideState, NarrowState>;
   static constexpr u32 kRoot = 0;
-  static constexpr std::size_t kMaxSymbols = kWide ? (std::size_t{1} << 31) - 2 : std::size_t{1} << 23;
+  static constexpr std::size_t kMaxSymbols =
+      kWide ? (std::size_t{1} << 31) - 2 : std::size_t{1} << 23;
 
   explicit Automaton(unsigned bits = 8) { reset(bits); }
 

@@ -7,14 +7,14 @@
 
 namespace rosakit {
 
-/// Collects candidates for the stream's current cursor, whose key has just been appended: walks from
-/// the match towards the root, and at each state takes the successors not seen before, latest first.
-/// `position`/`length` have `k` places, filled with -1/0 where there are fewer candidates.
+/// Collects candidates for the stream's current cursor, whose key has just been appended: walks
+/// from the match towards the root, and at each state takes the successors not seen before, latest
+/// first. `position`/`length` have `k` places, filled with -1/0 where there are fewer candidates.
 class Candidates {
  public:
   template <class Stream>
-  void collect(Stream& stream, Cursor at, unsigned k, u32 min_length, i32 base,
-               i32* position, i32* length) {
+  void collect(Stream& stream, Cursor at, unsigned k, u32 min_length, i32 base, i32* position,
+               i32* length) {
     unsigned found = 0;
     u32 u = at.state, n = at.length;
     seen_.clear();

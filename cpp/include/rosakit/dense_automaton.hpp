@@ -1,6 +1,7 @@
-// The suffix automaton over a small alphabet with a full row of targets in every state: a transition
-// is one load without branches. Two (16-bit numbering) to four times the bytes of Automaton, and about
-// twice as fast, in cache or not. For whole-sequence calls; same interface as Automaton.
+// The suffix automaton over a small alphabet with a full row of targets in every state: a
+// transition is one load without branches. Two (16-bit numbering) to four times the bytes of
+// Automaton, and about twice as fast, in cache or not. For whole-sequence calls; same interface as
+// Automaton.
 #pragma once
 
 #include <algorithm>

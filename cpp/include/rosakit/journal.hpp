@@ -57,7 +57,9 @@ class Journal {
     marks_.clear();
     state_floor_ = row_floor_ = 0;
   }
-  std::size_t live_bytes() const { return entries_.size() * sizeof(Entry) + marks_.size() * sizeof(Mark); }
+  std::size_t live_bytes() const {
+    return entries_.size() * sizeof(Entry) + marks_.size() * sizeof(Mark);
+  }
   std::size_t reserved_bytes() const {
     return entries_.capacity() * sizeof(Entry) + marks_.capacity() * sizeof(Mark);
   }

@@ -63,8 +63,15 @@ class TypedLane final : public Lane {
     attach_journal();
   }
   TypedLane(const TypedLane& other)
-      : rule_(other.rule_), bits_(other.bits_), self_(other.self_), start_(other.start_),
-        before_(other.before_), engine_(other.engine_), keys_(other.keys_), queries_(other.queries_), journal_(other.journal_) {
+      : rule_(other.rule_),
+        bits_(other.bits_),
+        self_(other.self_),
+        start_(other.start_),
+        before_(other.before_),
+        engine_(other.engine_),
+        keys_(other.keys_),
+        queries_(other.queries_),
+        journal_(other.journal_) {
     attach_journal();
   }
   TypedLane& operator=(const TypedLane&) = delete;
@@ -89,8 +96,8 @@ class TypedLane final : public Lane {
                        i32* length) override {
     feed(token, token, undoable);
     static thread_local Candidates scratch;
-    scratch.collect(stream(), stream().at, candidates, rule_.min_length, static_cast<i32>(start_), position,
-                    length);
+    scratch.collect(stream(), stream().at, candidates, rule_.min_length, static_cast<i32>(start_),
+                    position, length);
   }
 
   void approach(unsigned stage, u32 q, u32 k, u32& chain) const override {
@@ -157,8 +164,9 @@ class TypedLane final : public Lane {
   }
 
   std::size_t reserved_after(std::size_t n) const override {
-    constexpr std::size_t kGrowth = 256;         // states, rows, nodes and symbols
-    constexpr std::size_t kSlack = 12 * kPageBytes;  // pages begun, copies of shared ones, the journal
+    constexpr std::size_t kGrowth = 256;  // states, rows, nodes and symbols
+    constexpr std::size_t kSlack =
+        12 * kPageBytes;  // pages begun, copies of shared ones, the journal
     const std::size_t change_over = linked() ? 0 : stream().tree.size() * std::size_t{16};
     return reserved_bytes() + n * kGrowth + change_over + kSlack;
   }
@@ -175,8 +183,10 @@ class TypedLane final : public Lane {
   }
   template <class F>
   std::size_t sum(F&& bytes) const {
-    std::size_t total = bytes(stream().tree) + bytes(stream().forest) + bytes(keys_) + bytes(queries_);
-    if constexpr (kRun) total += bytes(engine_.query_run) + bytes(engine_.key_run) + bytes(engine_.key_start);
+    std::size_t total =
+        bytes(stream().tree) + bytes(stream().forest) + bytes(keys_) + bytes(queries_);
+    if constexpr (kRun)
+      total += bytes(engine_.query_run) + bytes(engine_.key_run) + bytes(engine_.key_start);
     return total;
   }
 
@@ -209,8 +219,7 @@ class TypedLane final : public Lane {
       if (engine_.linked && before_.length && before_.length < rule_.max_length &&
           keys_[next] == q && next + 1 < keys_.size())
         before_ = {before_.end + 1, before_.length + 1};
-      else
-        before_ = engine_.hit();
+      else before_ = engine_.hit();
       engine_.append(k);
       return before_;
     }
@@ -234,8 +243,7 @@ class TypedLane final : public Lane {
   void undo_entry(const Journal::Entry& e) {
     if (e.area >= LinkCut<Paged>::kAreaFirst && e.area <= LinkCut<Paged>::kAreaLast)
       stream().forest.undo(e);
-    else
-      stream().tree.undo(e);
+    else stream().tree.undo(e);
   }
   void undo_mark(const Journal::Mark& mark) {
     stream().tree.undo_mark(mark);

@@ -1,10 +1,12 @@
-// Latest ends with a worst-case bound: a link-cut tree over the suffix links (Sleator & Tarjan, 1983).
+// Latest ends with a worst-case bound: a link-cut tree over the suffix links (Sleator & Tarjan,
+// 1983).
 //
-// Appending a key makes its position the latest end of every state on the path from the new state to
-// the root. Walking the path costs its length, which periodic streams make linear. Here it is one
-// `access`: the states of a solid path always share one latest end, kept at the root of the path's
-// splay tree, so marking the whole path is O(log T) amortised, and so is reading one state's end.
-// (Larsson, "Most recent match queries in on-line suffix trees", 2014, treats the same problem.)
+// Appending a key makes its position the latest end of every state on the path from the new state
+// to the root. Walking the path costs its length, which periodic streams make linear. Here it is
+// one `access`: the states of a solid path always share one latest end, kept at the root of the
+// path's splay tree, so marking the whole path is O(log T) amortised, and so is reading one state's
+// end. (Larsson, "Most recent match queries in on-line suffix trees", 2014, treats the same
+// problem.)
 #pragma once
 
 #include "rosakit/journal.hpp"
@@ -12,7 +14,8 @@
 
 namespace rosakit {
 
-/// Nodes are states; 0, the root of the suffix links, stands for "none": its end is never asked for.
+/// Nodes are states; 0, the root of the suffix links, stands for "none": its end is never asked
+/// for.
 template <class Storage>
 class LinkCut {
  public:
@@ -69,8 +72,8 @@ class LinkCut {
   std::size_t reserved_bytes() const { return nodes_.reserved_bytes(); }
 
  private:
-  /// In a splay tree, left is nearer the root of the suffix links. `parent` of a splay tree's root is
-  /// the state above the path's top, which does not count it among its children.
+  /// In a splay tree, left is nearer the root of the suffix links. `parent` of a splay tree's root
+  /// is the state above the path's top, which does not count it among its children.
   struct Node {
     u32 left, right, parent;
     i32 value;  // valid at the root of a splay tree

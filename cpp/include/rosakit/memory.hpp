@@ -64,7 +64,8 @@ class SuffixMemory {
 
   /// A memory whose row i is (a copy of) row rows[i] of this one.
   SuffixMemory index_select(std::span<const i64> rows) const;
-  /// Shortens a row to at most `length` symbols; below starts()[row], to an empty row of that length.
+  /// Shortens a row to at most `length` symbols; below starts()[row], to an empty row of that
+  /// length.
   void truncate(std::size_t row, i64 length);
   void reset(std::size_t row) { truncate(row, 0); }
 

@@ -1,11 +1,11 @@
 // Exact answers about the past, from the automaton of the whole key stream.
 //
-// Once the automaton is complete, "the longest suffix of the query that occurs in keys[0..E]" is the
-// nearest link ancestor whose first end is <= E, and "its latest end <= E" is a maximum over the
-// subtree of that state, restricted to the ends inserted so far. First ends decrease towards the
-// root, so ancestors are found through jump pointers (Myers' skew-binary ones) in O(log T); subtrees
-// are intervals of slots, and a 64-ary tree of maxima answers in O(log T). Nothing here depends on
-// how repetitive the streams are.
+// Once the automaton is complete, "the longest suffix of the query that occurs in keys[0..E]" is
+// the nearest link ancestor whose first end is <= E, and "its latest end <= E" is a maximum over
+// the subtree of that state, restricted to the ends inserted so far. First ends decrease towards
+// the root, so ancestors are found through jump pointers (Myers' skew-binary ones) in O(log T);
+// subtrees are intervals of slots, and a 64-ary tree of maxima answers in O(log T). Nothing here
+// depends on how repetitive the streams are.
 #pragma once
 
 #include "rosakit/stream.hpp"

@@ -24,7 +24,9 @@ void* new_page();
 /// Gives a page without references back to the pool.
 void recycle_page(void* page) noexcept;
 
-inline void share_page(void* page) { page_references(page).fetch_add(1, std::memory_order_relaxed); }
+inline void share_page(void* page) {
+  page_references(page).fetch_add(1, std::memory_order_relaxed);
+}
 inline bool page_is_unique(void* page) {
   return page_references(page).load(std::memory_order_acquire) == 1;
 }

@@ -1,7 +1,7 @@
 // Transition rows of branching states.
 //
-// A row of class c holds 2 << c entries, and grows class by class; outgrown rows are recycled. A row
-// is aligned to its size, so a 64-byte row lies in one cache line and no row crosses a page.
+// A row of class c holds 2 << c entries, and grows class by class; outgrown rows are recycled. A
+// row is aligned to its size, so a 64-byte row lies in one cache line and no row crosses a page.
 //
 // Narrow (symbols < 256): entries are target << 8 | symbol, filled from the front; from 32 entries
 // on, or once as wide as the alphabet, a row is indexed by the symbol and holds bare targets.
@@ -283,8 +283,9 @@ class Rows {
     while (at & (n - 1)) {  // the gap before an aligned row becomes smaller rows
       const u32 gap = u32{1} << std::countr_zero(at);
       words_.resize(at + gap);
-      if (gap >= word_count(0)) recycle({static_cast<u32>(std::countr_zero(gap / word_count(0))),
-                                         static_cast<u32>(at / 2), 0});
+      if (gap >= word_count(0))
+        recycle(
+            {static_cast<u32>(std::countr_zero(gap / word_count(0))), static_cast<u32>(at / 2), 0});
       at += gap;
     }
     if (at / 2 >= (kWide ? ~u32{0} : (u32{1} << 31) - 1))

@@ -1,8 +1,8 @@
 // Whole-stream solvers: token and run granularity, with counterfactual flips.
 //
 // Both run the online automaton while its walks stay within a budget linear in the position, which
-// ordinary streams never leave, and hand the rest of the stream to the offline answers (offline.hpp),
-// whose cost does not depend on the input.
+// ordinary streams never leave, and hand the rest of the stream to the offline answers
+// (offline.hpp), whose cost does not depend on the input.
 #pragma once
 
 #include <algorithm>
@@ -90,9 +90,9 @@ class Solver {
       }
       at = offline_.follow(at, q[i], by, cap);
       // A match that goes on keeps its (latest) place; only new matches are looked up.
-      const bool goes_on = before.length && before.length < cap &&
-                           k[static_cast<u32>(before.end) + 1] == q[i];
-      before = goes_on    ? Hit{before.end + 1, before.length + 1}
+      const bool goes_on =
+          before.length && before.length < cap && k[static_cast<u32>(before.end) + 1] == q[i];
+      before = goes_on     ? Hit{before.end + 1, before.length + 1}
                : at.length ? Hit{offline_.latest(at.state), at.length}
                            : Hit{};
       write(i, before);
@@ -106,7 +106,8 @@ class Solver {
     u32 i = 0;
     for (; i < n && runs_.walked <= budget.at(i) && runs_.stream.chain_steps <= budget.at(i); ++i) {
       const bool fresh = runs_.step(q[i], k[i], rule_, out_.bits, flips);
-      if (primary_.size() < runs_.stream.tree.length()) primary_.push_back(runs_.stream.tree.last());
+      if (primary_.size() < runs_.stream.tree.length())
+        primary_.push_back(runs_.stream.tree.last());
       write(i, runs_.hit());
       for (unsigned m = 0; m < out_.bits; ++m)
         if (fresh) write_flip(i, m, flips[m]);
@@ -138,7 +139,9 @@ class Solver {
       const bool fresh = runs_.see_query(q[i]);
       if (fresh) {
         for (unsigned m = 0; m < out_.bits; ++m)
-          write_flip(i, m, runs_.successor(look_up(offline_.follow(at, q[i] ^ (u32{1} << m), known, cap))));
+          write_flip(
+              i, m,
+              runs_.successor(look_up(offline_.follow(at, q[i] ^ (u32{1} << m), known, cap))));
         whole = offline_.follow(whole, q[i], all, cap);
         at = offline_.follow(at, q[i], known, cap);
         const bool goes_on = now.length && now.length < cap && now.end < known &&

@@ -1,5 +1,5 @@
-// Where automata keep their arrays: one flat block (whole-sequence calls) or shared pages (streaming
-// state, where forks share what they have in common and growth never copies).
+// Where automata keep their arrays: one flat block (whole-sequence calls) or shared pages
+// (streaming state, where forks share what they have in common and growth never copies).
 #pragma once
 
 #include <bit>
@@ -32,9 +32,9 @@ class FlatArray {
   Buffer<T> data_;
 };
 
-/// Pages of at most 4096 bytes, a power of two of elements each. Copies share pages; the first write
-/// to a shared page copies it. Copying marks the source's pages as shared, so two threads may copy
-/// one array at a time only under a lock of the owner's.
+/// Pages of at most 4096 bytes, a power of two of elements each. Copies share pages; the first
+/// write to a shared page copies it. Copying marks the source's pages as shared, so two threads may
+/// copy one array at a time only under a lock of the owner's.
 template <class T>
 class PagedArray {
   static_assert(std::is_trivially_copyable_v<T>);
@@ -71,7 +71,8 @@ class PagedArray {
   const T* ptr(std::size_t i) const { return items(pages_[i >> kShift]) + (i & (kItems - 1)); }
   T* mut_ptr(std::size_t i) {
     std::uintptr_t& page = pages_[i >> kShift];
-    if (page & kSharedBit) [[unlikely]] own(page);
+    if (page & kSharedBit) [[unlikely]]
+      own(page);
     return items(page) + (i & (kItems - 1));
   }
   void push_back(const T& value) {

@@ -1,8 +1,9 @@
 // The streaming matcher of one stream: an automaton over the keys and a cursor for the query.
 //
-// Latest ends are kept exact by walking the link chain of each appended key, which is the fastest way
-// on ordinary streams (`chain_steps` counts the walk). Where chains grow long, a streaming matcher
-// changes over to a link-cut tree, and a whole-sequence call to offline answers (offline.hpp).
+// Latest ends are kept exact by walking the link chain of each appended key, which is the fastest
+// way on ordinary streams (`chain_steps` counts the walk). Where chains grow long, a streaming
+// matcher changes over to a link-cut tree, and a whole-sequence call to offline answers
+// (offline.hpp).
 #pragma once
 
 #include "rosakit/automaton.hpp"
@@ -31,7 +32,8 @@ struct Budget {
   u64 at(u64 i) const { return per_symbol * i + base; }
 };
 
-/// `Tree`: an automaton. `Forest`: LinkCut for streaming, NoForest where the caller bounds the walks.
+/// `Tree`: an automaton. `Forest`: LinkCut for streaming, NoForest where the caller bounds the
+/// walks.
 template <class Tree_, class Forest = NoForest>
 struct Stream {
   using Tree = Tree_;
@@ -52,8 +54,8 @@ struct Stream {
     linked = false;
   }
 
-  /// Advances a self-matching stream by one symbol and returns its match: the newest state's link is
-  /// the longest suffix that occurred before.
+  /// Advances a self-matching stream by one symbol and returns its match: the newest state's link
+  /// is the longest suffix that occurred before.
   Hit append_self(u32 key) {
     const Appended a = tree.append(key);
     const i32 position = static_cast<i32>(tree.length() - 1);
@@ -87,9 +89,7 @@ struct Stream {
   bool over_budget() const { return !linked && chain_steps > budget.at(tree.length()); }
 
   /// Changes over to the link-cut tree.
-  void link_up()
-    requires kMayLink
-  {
+  void link_up() requires kMayLink {
     forest.clear();
     for (u32 u = 0; u < tree.size(); ++u) forest.add(u ? tree.link(u) : 0, tree.end(u));
     linked = true;
