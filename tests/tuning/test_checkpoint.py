@@ -78,6 +78,19 @@ def test_an_adapter_of_another_model(saved, other, message):
     assert not is_attached(model)
 
 
+@pytest.mark.parametrize("part", ["embed_tokens", "norm"])
+@torch.no_grad()
+def test_an_adapter_of_other_weights(saved, part):
+    model = build()
+    getattr(model.model, part).weight.mul_(1.1)
+    with pytest.raises(CheckpointError, match=r"other weights than this LlamaModel.*any_base"):
+        load_adapter(model, saved[1])
+    assert not is_attached(model)
+    assert is_attached(load_adapter(model, saved[1], any_base=True))
+    # Precision does not make another model.
+    assert is_attached(load_adapter(build().to(torch.bfloat16), saved[1]))
+
+
 def edit(path, **changes):
     file = path / "rosa_config.json"
     values = {**json.loads(file.read_text()), **changes}

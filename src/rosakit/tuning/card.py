@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rosakit.files import atomic_write
 from rosakit.tuning.settings import TuneConfig
 
 __all__ = ["write_card"]
@@ -20,7 +21,7 @@ def write_card(folder: Path, config: TuneConfig, metrics: Mapping[str, Any]) -> 
         metrics: what `metrics.json` holds.
     """
     path = folder / "README.md"
-    path.write_text(_card(folder, config, metrics), encoding="utf-8")
+    atomic_write(path, _card(folder, config, metrics))
     return path
 
 

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor
 
 from rosakit.errors import CheckpointError, InvalidInputError, InvalidTypeError
+from rosakit.files import atomic_write, sync
 from rosakit.tuning.attach import attach, config_of, detach, is_attached, rosa_parameters
 from rosakit.tuning.config import RosaConfig
 from rosakit.tuning.modules import decoder_of
@@ -45,15 +45,49 @@ _FREE = {
 parameters mean does not depend on them."""
 
 
+_SAMPLED_ROWS = 64
+"""Rows of the embedding that go into the digest of the base model."""
+
+
 def fingerprint(model: Any) -> dict[str, Any]:
-    """What a checkpoint remembers of its base model."""
+    """What a checkpoint remembers of its base model.
+
+    `weights` is a digest of a sample of them, None where they are not at hand (sharded over
+    processes, on the meta device).
+    """
     config = model.config.get_text_config(decoder=True)
     return {
         "architecture": type(decoder_of(model)).__name__,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
+        "weights": _weights_digest(model),
     }
+
+
+@torch.no_grad()
+def _weights_digest(model: Any) -> str | None:
+    """SHA-256 of rows of the input embedding and the decoder's final norm, rounded to bfloat16.
+
+    Rounded, because the same model may be loaded in float32 and in bfloat16.
+    """
+    embedding = model.get_input_embeddings().weight
+    final = [
+        parameter
+        for _, child in sorted(decoder_of(model).named_children())
+        for parameter in child.parameters(recurse=False)
+        if parameter.dim() == 1
+    ]
+    if embedding.dim() != 2 or any(type(p.data) is not Tensor or p.is_meta for p in final):
+        return None
+    if type(embedding.data) is not Tensor or embedding.is_meta:
+        return None
+    step = max(1, embedding.shape[0] // _SAMPLED_ROWS)
+    digest = hashlib.sha256()
+    for tensor in (embedding[::step][:_SAMPLED_ROWS], *final):
+        rounded = tensor.to(torch.bfloat16).contiguous().view(torch.int16)
+        digest.update(rounded.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_adapter(
@@ -97,9 +131,9 @@ def save_adapter(
     known = (target / file).exists()
     try:
         target.mkdir(parents=True, exist_ok=True)
-        _write(target / file, data)
-        _write(target / CONFIG_FILE, (json.dumps(description, indent=2) + "\n").encode())
-        _sync_directory(target)
+        atomic_write(target / file, data)
+        atomic_write(target / CONFIG_FILE, json.dumps(description, indent=2) + "\n")
+        sync(target)
         for old in target.glob("adapter-*.safetensors"):
             if old.name != file:
                 old.unlink()
@@ -114,7 +148,7 @@ def save_adapter(
     return target
 
 
-def load_adapter(model: Any, directory: str | os.PathLike[str]) -> Any:
+def load_adapter(model: Any, directory: str | os.PathLike[str], *, any_base: bool = False) -> Any:
     """Load what :func:`save_adapter` wrote, attaching the model first if it is not.
 
     Nothing of the model changes unless the whole checkpoint is sound.
@@ -123,6 +157,8 @@ def load_adapter(model: Any, directory: str | os.PathLike[str]) -> Any:
         model: a model of the checkpoint's architecture and sizes; plain, or attached with options
             that agree with the checkpoint's (window, sinks and estimator may differ).
         directory: the checkpoint.
+        any_base: load even if the weights of the base model are not those that the checkpoint
+            was trained on (architecture and sizes must agree all the same).
 
     Returns:
         The same model.
@@ -134,7 +170,7 @@ def load_adapter(model: Any, directory: str | os.PathLike[str]) -> Any:
     path = Path(directory)
     description = read_description(path)
     config = _config(path, description)
-    _check_base(path, description, model)
+    check_base(path, description["base_model"], model, any_base=any_base)
     tensors = _read_tensors(path, description)
     if is_attached(model):
         _check_options(path, config, config_of(model))
@@ -208,8 +244,16 @@ def _config(path: Path, description: dict[str, Any]) -> RosaConfig:
         ) from error
 
 
-def _check_base(path: Path, description: dict[str, Any], model: Any) -> None:
-    expected, found = description["base_model"], fingerprint(model)
+def check_base(
+    path: Path, expected: Mapping[str, Any], model: Any, *, any_base: bool = False
+) -> None:
+    """Compare a stored :func:`fingerprint` with a model.
+
+    Raises:
+        CheckpointError: another architecture or other sizes; other weights, unless `any_base`.
+    """
+    found = fingerprint(model)
+    here, there = found.pop("weights"), expected.get("weights")
     differing = [name for name in found if expected.get(name) != found[name]]
     if differing:
         raise CheckpointError(
@@ -218,6 +262,12 @@ def _check_base(path: Path, description: dict[str, Any], model: Any) -> None:
                 f"{name} {expected.get(name)!r} there, {found[name]!r} here" for name in differing
             )
             + ". Load the base model that it was trained on"
+        )
+    if not any_base and None not in (here, there) and here != there:
+        raise CheckpointError(
+            f"{path} was trained on other weights than this {found['architecture']} has, though "
+            "the sizes agree. Load the base model that it was trained on, or pass any_base=True "
+            "to load it all the same"
         )
 
 
@@ -279,27 +329,3 @@ def _copy(path: Path, tensors: dict[str, Tensor], parameters: dict[str, Any]) ->
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Write beside, sync, rename: `file` is the old one or the whole new one."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

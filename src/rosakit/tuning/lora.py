@@ -1,22 +1,29 @@
-"""LoRA beside rosakit: peft's layers in the base model, stored next to the adapter."""
+"""LoRA beside rosakit: peft's layers in the base model, stored next to the adapter.
+
+``lora.json`` names the file of the tensors with its size and SHA-256 and is replaced last, so that
+a folder holds complete old or complete new parameters at every moment.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import nn
 
 from rosakit.errors import CheckpointError
+from rosakit.files import atomic_write
+from rosakit.tuning.checkpoint import check_base, fingerprint
 
 __all__ = ["add_lora", "load_lora", "lora_parameters", "save_lora"]
 
-_WEIGHTS, _SETTINGS = "lora.safetensors", "lora.json"
+SETTINGS_FILE = "lora.json"
 
 
 def add_lora(model: Any, rank: int, alpha: float | None = None) -> None:
@@ -49,34 +56,55 @@ def save_lora(model: nn.Module, folder: Path, *, rank: int, alpha: float | None)
     named = lora_parameters(model)
     if not named:
         return
-    tensors = {name: p.detach().cpu().contiguous() for name, p in named.items()}
+    data = dump_tensors(
+        {name: p.detach().cpu().contiguous() for name, p in named.items()},
+        metadata={"format": "pt"},
+    )
+    digest = hashlib.sha256(data).hexdigest()
+    file = f"lora-{digest[:16]}.safetensors"
+    settings = {
+        "rank": rank,
+        "alpha": alpha,
+        "base_model": fingerprint(model),
+        "tensors": {"file": file, "bytes": len(data), "sha256": digest},
+    }
     # Written by Python, whose OSError says what is wrong with the disk.
-    (folder / _WEIGHTS).write_bytes(dump_tensors(tensors, metadata={"format": "pt"}))
-    (folder / _SETTINGS).write_text(json.dumps({"rank": rank, "alpha": alpha}) + "\n")
+    atomic_write(folder / file, data)
+    atomic_write(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+    for old in folder.glob("lora-*.safetensors"):
+        if old.name != file:
+            old.unlink()
 
 
-def load_lora(model: nn.Module, folder: Path) -> None:
+def load_lora(model: nn.Module, folder: Path, *, any_base: bool = False) -> None:
     """Restore what :func:`save_lora` wrote, adding LoRA where the model has none yet.
 
-    Does nothing if the folder holds no LoRA and the model has none.
+    Args:
+        model: the base model, with or without LoRA.
+        folder: where the parameters are.
+        any_base: see :func:`rosakit.tuning.checkpoint.load_adapter`.
 
     Raises:
-        CheckpointError: unreadable files, or parameters that do not fit the model.
+        CheckpointError: missing, changed or unreadable files, or parameters of another model.
     """
-    weights, settings = folder / _WEIGHTS, folder / _SETTINGS
-    if not weights.exists() and not settings.exists():
-        if lora_parameters(model):
-            raise CheckpointError(f"{folder} holds no {_WEIGHTS}, but the model has LoRA")
-        return
+    remedy = "the checkpoint is incomplete or corrupt, use another one"
+    settings = folder / SETTINGS_FILE
     try:
-        tensors = load_file(weights)
         options = json.loads(settings.read_text())
-        rank, alpha = options["rank"], options["alpha"]
+        rank, alpha, part = options["rank"], options["alpha"], options["tensors"]
+        file = folder / Path(part["file"]).name
+        data = file.read_bytes()
+        if len(data) != part["bytes"] or hashlib.sha256(data).hexdigest() != part["sha256"]:
+            raise CheckpointError(
+                f"{file} is not what {SETTINGS_FILE} describes (size or SHA-256 differ); {remedy}"
+            )
+        tensors = load_tensors(data)
+        base = dict(options["base_model"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"cannot read LoRA from {folder} ({error}); the checkpoint is incomplete or corrupt, "
-            "use another one"
+            f"cannot read LoRA from {folder} ({type(error).__name__}: {error}); {remedy}"
         ) from error
+    check_base(settings, base, model, any_base=any_base)
     if not lora_parameters(model):
         add_lora(model, rank, alpha)
     named = lora_parameters(model)

@@ -10,13 +10,22 @@ from typing import Any
 import torch
 
 from rosakit.errors import CheckpointError, InvalidInputError, InvalidTypeError
+from rosakit.files import atomic_write
 from rosakit.tuning.attach import freeze_base, is_attached
 from rosakit.tuning.checkpoint import CONFIG_FILE, load_adapter, save_adapter
-from rosakit.tuning.lora import load_lora, lora_parameters, save_lora
+from rosakit.tuning.lora import SETTINGS_FILE, load_lora, lora_parameters, save_lora
 from rosakit.tuning.settings import TuneConfig
 from rosakit.tuning.sources import load_model
 
-__all__ = ["load_any", "load_result", "load_trained", "read_run", "save_trained", "set_trainable"]
+__all__ = [
+    "load_any",
+    "load_result",
+    "load_trained",
+    "located",
+    "read_run",
+    "save_trained",
+    "set_trainable",
+]
 
 RUN_FILE = "tune.json"
 """The run's :class:`TuneConfig`, which names the base model."""
@@ -38,15 +47,20 @@ def save_trained(model: Any, folder: Path, config: TuneConfig) -> None:
     if is_attached(model):
         save_adapter(model, folder)
     save_lora(model, folder, rank=config.lora_rank, alpha=config.lora_alpha)
+    atomic_write(folder / RUN_FILE, json.dumps(located(config), indent=2) + "\n")
+
+
+def located(config: TuneConfig) -> dict[str, Any]:
+    """The fields of a run with local names made absolute.
+
+    A result must find its base model, its texts and its folder from any working directory.
+    """
     values = config.to_dict()
-    # A result must find its base model and its texts from any working directory.
     values["model"] = _absolute(values["model"])
+    values["output"] = str(Path(values["output"]).expanduser().absolute())
     for name in ("sources", "heldout"):
         values["data"][name] = [_absolute(source) for source in values["data"][name]]
-    text = json.dumps(values, indent=2) + "\n"
-    temporary = folder / f".{RUN_FILE}"
-    temporary.write_text(text)
-    os.replace(temporary, folder / RUN_FILE)
+    return values
 
 
 def _absolute(name: str) -> str:
@@ -54,20 +68,38 @@ def _absolute(name: str) -> str:
     return str(path.absolute()) if name and path.exists() else name
 
 
-def load_trained(model: Any, folder: Path) -> None:
+def load_trained(
+    model: Any, folder: Path, config: TuneConfig | None = None, *, any_base: bool = False
+) -> None:
     """Put the trained parameters of a folder into a base model, attaching what it lacks.
 
+    Args:
+        model: the base model, plain or with what is to be loaded.
+        folder: a result or a checkpoint.
+        config: the run, which says what the folder must hold; None to read it there.
+        any_base: see :func:`rosakit.tuning.checkpoint.load_adapter`.
+
     Raises:
-        CheckpointError: incomplete or corrupt files, or files of another model.
+        CheckpointError: a part of the run is missing, left over or corrupt, or of another model.
     """
-    load_lora(model, folder)
-    if (folder / CONFIG_FILE).exists() or is_attached(model):
-        load_adapter(model, folder)
-    elif not lora_parameters(model):
-        raise CheckpointError(
-            f"{folder} holds no trained parameters (no {CONFIG_FILE}); give the output folder of "
-            "rosakit tune"
-        )
+    if config is None:
+        config = read_run(folder)
+    parts = (
+        (CONFIG_FILE, config.attached() is not None, "adapters and token route"),
+        (SETTINGS_FILE, config.lora_rank > 0, "LoRA"),
+    )
+    for file, expected, what in parts:
+        found = (folder / file).exists()
+        if found != expected:
+            raise CheckpointError(
+                f"{folder} {'holds' if found else 'lacks'} {file}, but its run was "
+                f"{'without' if found else 'with'} {what}; the checkpoint is incomplete or mixed "
+                "with another one, restore it from a copy or train again"
+            )
+    if config.lora_rank:
+        load_lora(model, folder, any_base=any_base)
+    if config.attached() is not None:
+        load_adapter(model, folder, any_base=any_base)
 
 
 def read_run(folder: str | os.PathLike[str]) -> TuneConfig:
@@ -94,6 +126,7 @@ def load_result(
     base: str | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    any_base: bool = False,
 ) -> tuple[Any, Any, TuneConfig]:
     """Load a trained model: its base model, and what the run added to it.
 
@@ -102,6 +135,7 @@ def load_result(
         base: base model to use instead of the one that the run names (moved, renamed).
         dtype: "float32", "bfloat16" or "auto"; None for the run's own.
         device: "cpu", "cuda", … or "auto"; None for the run's own.
+        any_base: see :func:`rosakit.tuning.checkpoint.load_adapter`.
 
     Returns:
         ``(model, tokenizer, the run's configuration)``.
@@ -124,7 +158,7 @@ def load_result(
         raise InvalidInputError(
             f"{error} ({folder} names it as its base model; say where it is now with base)"
         ) from error
-    load_trained(model, Path(folder))
+    load_trained(model, Path(folder), config, any_base=any_base)
     return model.eval(), tokenizer, config
 
 
@@ -135,15 +169,33 @@ def load_any(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> tuple[Any, Any]:
-    """``(model, tokenizer)`` of a training result, or of a plain model.
+    """``(model, tokenizer)`` of a training result, a saved adapter, or a plain model.
 
     Args:
-        name: output folder of a run, or whatever :func:`rosakit.tuning.sources.load_model` takes.
-        base: base model of a result, if it has moved.
+        name: output folder of a run, folder of :func:`rosakit.save_adapter`, or whatever
+            :func:`rosakit.tuning.sources.load_model` takes.
+        base: base model of a result, if it has moved; of an adapter, always.
         dtype: "float32", "bfloat16" or "auto".
         device: "cpu", "cuda", … or "auto".
+
+    Raises:
+        InvalidInputError: an adapter without its base model, or a model that cannot be found.
+        CheckpointError: a corrupt result or adapter, or one of another model.
     """
-    if (Path(name) / RUN_FILE).is_file() or (Path(name) / CONFIG_FILE).is_file():
+    if (Path(name) / RUN_FILE).is_file():
         model, tokenizer, _ = load_result(name, base=base, dtype=dtype, device=device)
         return model, tokenizer
+    if (Path(name) / CONFIG_FILE).is_file():
+        if base is None:
+            raise InvalidInputError(
+                f"{name} holds an adapter alone, which does not know where its base model is; "
+                "name that with --base (base=...)"
+            )
+        model, tokenizer = load_model(base, dtype=dtype, device=device)
+        return load_adapter(model, name).eval(), tokenizer
+    if base is not None:
+        raise InvalidInputError(
+            f"{name} is neither a result of rosakit tune nor a saved adapter, so base {base} has "
+            "no meaning; leave it out"
+        )
     return load_model(name, dtype=dtype, device=device)

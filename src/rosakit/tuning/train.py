@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import torch
 from transformers import set_seed
 
 from rosakit.errors import CheckpointError, InvalidInputError
+from rosakit.files import atomic_write
 from rosakit.tuning.attach import attach, is_attached
 from rosakit.tuning.card import write_card
 from rosakit.tuning.data import Document, Documents, read_documents
@@ -25,7 +24,7 @@ from rosakit.tuning.lora import add_lora, lora_parameters
 from rosakit.tuning.loss import LossModel, find_head
 from rosakit.tuning.packing import PackedBlocks
 from rosakit.tuning.progress import LiveCallback, counting
-from rosakit.tuning.result import save_trained, set_trainable
+from rosakit.tuning.result import located, save_trained, set_trainable
 from rosakit.tuning.settings import TuneConfig
 from rosakit.tuning.sources import load_model
 from rosakit.tuning.trainer import RosaTrainer, StopCallback, last_checkpoint, verify_checkpoint
@@ -116,7 +115,6 @@ def tune(
         identity=identity,
         callbacks=[live, stop],
     )
-    began = time.perf_counter()
     try:
         with _interruptible(stop):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -126,7 +124,7 @@ def tune(
     finally:
         live.close()
         model.eval()
-    metrics = _metrics(trainer, model, config, documents, steps, time.perf_counter() - began)
+    metrics = _metrics(trainer, model, config, documents, steps, trainer.seconds)
     interrupted = trainer.state.global_step < steps
     result = TuneResult(
         output, model, tokenizer, trainer.state.global_step, interrupted, trainer.losses, metrics
@@ -228,7 +226,7 @@ def _blocks(
 
 def _identity(config: TuneConfig, documents: Sequence[Document]) -> dict[str, Any]:
     """What two parts of one run have in common: all that decides its numbers."""
-    values = {name: v for name, v in config.to_dict().items() if name not in _FREE}
+    values = {name: v for name, v in located(config).items() if name not in _FREE}
     digest = hashlib.sha256()
     for document in documents:
         digest.update(hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest())
@@ -291,10 +289,7 @@ def _tail_mean(losses: Sequence[float]) -> float | None:
 def _save(result: TuneResult, config: TuneConfig) -> None:
     try:
         save_trained(result.model, result.output, config)
-        text = json.dumps(result.metrics, indent=2) + "\n"
-        temporary = result.output / ".metrics.json"
-        temporary.write_text(text)
-        os.replace(temporary, result.output / "metrics.json")
+        atomic_write(result.output / "metrics.json", json.dumps(result.metrics, indent=2) + "\n")
         write_card(result.output, config, result.metrics)
     except OSError as error:
         raise CheckpointError(

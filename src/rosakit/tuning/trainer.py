@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from rosakit.errors import CheckpointError, InvalidInputError
+from rosakit.files import atomic_write, sync
 from rosakit.tuning.attach import adapters_of, is_attached, rosa_parameters
 from rosakit.tuning.lora import lora_parameters
 from rosakit.tuning.loss import LossModel
@@ -65,6 +67,8 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
         self.losses: list[float] = []
         self._pending: list[Tensor] = []
         self._staging = False
+        self._began, self._seconds_before = time.perf_counter(), 0.0
+        self._heldout: list[tuple[Tensor, Tensor]] = []
         device = next(model.parameters()).device
         arguments = TrainingArguments(
             output_dir=str(Path(config.output) / "checkpoints"),
@@ -116,7 +120,11 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         out = model(**inputs, num_items=num_items_in_batch)
-        return (out["loss"], out) if return_outputs else out["loss"]
+        loss = out["loss"]
+        if num_items_in_batch is not None:
+            # The number of labels is that of all processes, over which gradients are averaged.
+            loss = loss * self.accelerator.num_processes
+        return (loss, out) if return_outputs else loss
 
     def training_step(
         self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None
@@ -133,13 +141,31 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         with torch.no_grad():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss, out = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        self._heldout.append((loss.double() * out["tokens"], out["tokens"]))
         return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's, with the mean loss over tokens instead of over batches."""
+        self._heldout.clear()
+        found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._heldout:
+            sums = torch.stack([torch.stack([a, b.double()]) for a, b in self._heldout]).sum(0)
+            total, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+            found.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1.0)
+        return found
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training, over all continuations."""
+        return self._seconds_before + time.perf_counter() - self._began
 
     def drain(self) -> None:
         """Turn the losses of finished forward passes into losses of steps."""
         count = self.args.gradient_accumulation_steps
-        values = torch.stack(self._pending).tolist() if self._pending else []
+        if not self._pending:
+            return
+        values = self.accelerator.reduce(torch.stack(self._pending), reduction="mean").tolist()
         self._pending.clear()
         for begin in range(0, len(values), count):
             self.losses.append(sum(values[begin : begin + count]))
@@ -189,7 +215,7 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
                 _seal(root / _STAGING / name)
                 shutil.rmtree(root / name, ignore_errors=True)
                 os.replace(root / _STAGING / name, root / name)
-                _sync(root)
+                sync(root)
                 shutil.rmtree(root / _STAGING, ignore_errors=True)
                 for _, old in _checkpoints(root)[: -self.config.keep_checkpoints]:
                     shutil.rmtree(old, ignore_errors=True)
@@ -210,15 +236,16 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_trained(self.accelerator.unwrap_model(self.model).model, folder, self.config)
-        values = {"losses": self.losses, "identity": self.identity}
-        (folder / _LOSSES).write_text(json.dumps(values) + "\n")
+        values = {"losses": self.losses, "seconds": self.seconds, "identity": self.identity}
+        atomic_write(folder / _LOSSES, json.dumps(values) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         verify_checkpoint(folder, self.identity)
         inner = self.accelerator.unwrap_model(self.model if model is None else model).model
-        load_trained(inner, folder)
-        self.losses = list(json.loads((folder / _LOSSES).read_text())["losses"])
+        load_trained(inner, folder, self.config)
+        values = json.loads((folder / _LOSSES).read_text())
+        self.losses, self._seconds_before = list(values["losses"]), values["seconds"]
 
 
 class _Observe(TrainerCallback):  # type: ignore[misc]
@@ -326,23 +353,14 @@ def _seal(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             digests[path.relative_to(folder).as_posix()] = _digest(path)
-            _sync(path)
-    (folder / _SEAL).write_text(json.dumps(digests, indent=1) + "\n")
-    _sync(folder / _SEAL)
-    _sync(folder)
+            sync(path)
+    atomic_write(folder / _SEAL, json.dumps(digests, indent=1) + "\n")
+    sync(folder)
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _printer() -> type[TrainerCallback]:
