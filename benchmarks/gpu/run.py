@@ -179,6 +179,8 @@ def time_attention(report: dict[str, Any], window: int = 2048) -> None:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     from torch.nn.functional import scaled_dot_product_attention
 
+    # One graph a length, with and without gradients: more than the default limit.
+    torch._dynamo.config.recompile_limit = 4 * len(LENGTHS)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def windowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -241,16 +243,22 @@ def main() -> None:
         "attention": [],
     }
     torch.manual_seed(SEED)
+
+    def save() -> None:  # after every part, so that a failure loses one part only
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
     time_matching(report)
     time_runs(report)
+    save()
     for length in LENGTHS:
         report["step"].append(whole_step(length))
         print(report["step"][-1], flush=True)
         torch.cuda.empty_cache()
+    save()
     if not arguments.skip_attention:
         time_attention(report)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        save()
 
 
 if __name__ == "__main__":

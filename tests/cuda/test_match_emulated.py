@@ -112,3 +112,8 @@ def test_runs(successor, length, bits, flips, depth):
     if length > 100:
         check(length, bits, flips, 1, segment_starts=segments(length, 3), **options)
         check(length, 8, 8, 2, max_length=5, min_length=2, **options)
+
+
+def test_long_runs_reach_the_search():
+    """Long enough for candidates that are shorter than the best match found so far."""
+    check(700, 1, 1, 1000, granularity="run", min_depth=2, max_depth=3)

@@ -30,7 +30,7 @@ class Plan:
         threads: threads a block.
         resident: blocks that share one multiprocessor.
         index_bytes: bytes of an entry.
-        places: for each structure how much of it is in shared memory (macros of match.cu).
+        places: for each structure how much of it is in shared memory (macros of the kernel).
         shared_bytes: dynamic shared memory a block.
         scratch_bytes: global scratch a block.
         super_shift: log2 of the blocks of 64 entries in a superblock.
@@ -184,12 +184,13 @@ def _launch(
     properties = torch.cuda.get_device_properties(q.device)
     # torch's stubs lack the field.
     shared_limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    sources: tuple[str, ...]
     if granularity == "run":
         chosen = runs_plan(length, shared_limit)
-        source, name = "runs.cu", "suffix_match_runs"
+        sources, name = ("rank.cuh", "runs.cu"), "suffix_match_runs"
     else:
         chosen = plan(length, flips, shared_limit)
-        source, name = "match.cu", "suffix_match"
+        sources, name = ("rank.cuh", "chains.cuh", "match.cu"), "suffix_match"
     macros = {
         "CF": flips,
         "THREADS": chosen.threads,
@@ -198,7 +199,7 @@ def _launch(
     }
     if granularity == "token":
         macros["INDEX_BYTES"] = chosen.index_bytes
-    kernel = compile.load(("rank.cuh", source), (name,), macros, q.device)[name]
+    kernel = compile.load(sources, (name,), macros, q.device)[name]
     grid = min(batch * routes, properties.multi_processor_count * chosen.resident)
     scratch = torch.empty(grid * chosen.scratch_bytes + 16, dtype=torch.uint8, device=q.device)
     maximum, minimum, *rest = numbers

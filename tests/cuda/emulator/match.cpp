@@ -1,6 +1,7 @@
 // The token-granularity matcher under emulation, with a C face for ctypes.
 #include "emulator.hpp"
 #include "rank.cuh"
+#include "chains.cuh"
 #include "match.cu"
 
 extern "C" void emulate_match(const u8* q, const u8* k, const int* segments, int* position,

@@ -54,8 +54,12 @@ typedef EReal::type EScalar;
 
 #if FIXED
 typedef u64 Sum;
-__device__ __forceinline__ Sum to_sum(float x, float scale) { return (u64)__float2ll_rn(x * scale); }
-__device__ __forceinline__ float from_sum(Sum x, float scale) { return (float)(long long)x / scale; }
+__device__ __forceinline__ Sum to_sum(float x, float scale) {
+  return (u64)__float2ll_rn(x * scale);
+}
+__device__ __forceinline__ float from_sum(Sum x, float scale) {
+  return (float)(long long)x / scale;
+}
 #else
 typedef float Sum;
 __device__ __forceinline__ Sum to_sum(float x, float) { return x; }

@@ -204,7 +204,7 @@ struct Runs {
       if (top - lo > lane_id()) {
         entry = entries[top - 1 - lane_id()];
         const u32 k_end = entry - back, most = min(bound, k_end - first);
-        const bool hopeless = best >= known + 4 &&
+        const bool hopeless = most > best && best >= known + 4 &&
             q.window(q_end - (best - 3)) != k.window(k_end - (best - 3));
         if (most > best && !hopeless) n = common_suffix(q, q_end, k, k_end, known, most);
       }
