@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -78,6 +79,48 @@ def test_generate_streams_from_prompt_file_and_stdin(results, capsys, monkeypatc
     assert call("generate", results / "run", "--file", "-", *options) == 0
     assert capsys.readouterr().out == written
     assert call("generate", results / "model", "--prompt", "w1 w2", *options) == 0
+
+
+def test_the_command_that_is_printed_goes_on(project, capsys, monkeypatch, tmp_path):
+    """Run exactly as printed, from another folder, after a start with relative names and flags."""
+    from rosakit.tuning.trainer import StopCallback
+
+    go_on = StopCallback.on_step_end
+
+    def ask(self, args, state, control, **kwargs):
+        self.asked = state.global_step >= 2
+        go_on(self, args, state, control, **kwargs)
+
+    monkeypatch.chdir(project)
+    with monkeypatch.context() as patch:
+        patch.setattr(StopCallback, "on_step_end", ask)
+        code = call(
+            *("tune", "tune.yaml", "--model", "model", "--data", "./texts", "--quiet"),
+            *("--output", "stopped run", "--seed", "3", "--window", "24"),
+        )
+    assert code == 130
+    said = capsys.readouterr().err
+    assert "stopped at step 2; go on with: rosakit tune " in said
+    command = shlex.split(said.partition("go on with: ")[2])
+    monkeypatch.chdir(tmp_path)
+    assert call(*command[1:]) == 0
+    assert "4 steps" in capsys.readouterr().out
+    assert len(json.loads((project / "stopped run/metrics.json").read_text())["losses"]) == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_from_a_saved_adapter(results, capsys, tmp_path):
+    import shutil
+
+    adapter = shutil.copytree(results / "run", tmp_path / "adapter")
+    (adapter / "tune.json").unlink()
+    options = ("--prompt", "w1 w2", "--temperature", "0", "--device", "cpu")
+    assert call("generate", results / "run", *options) == 0
+    wanted = capsys.readouterr().out
+    assert call("generate", adapter, "--base", results / "model", *options) == 0
+    assert capsys.readouterr().out == wanted
+    assert call("generate", adapter, *options) == 2
+    assert "--base" in capsys.readouterr().err
 
 
 def test_eval_compares_the_variants(results, capsys):

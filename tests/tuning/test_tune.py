@@ -18,10 +18,11 @@ import torch
 from rosakit.errors import CheckpointError, InvalidInputError, InvalidTypeError
 from rosakit.tuning import RosaConfig, attach, rosa_parameters
 from rosakit.tuning.lora import lora_parameters
+from rosakit.tuning.loss import LossModel
 from rosakit.tuning.result import load_result
 from rosakit.tuning.settings import TuneConfig
 from rosakit.tuning.train import tune
-from rosakit.tuning.trainer import last_checkpoint, parameter_groups
+from rosakit.tuning.trainer import RosaTrainer, last_checkpoint, parameter_groups
 from tests.tuning.texts import corpus, model, tokenizer
 from tests.tuning.tiny import tokens
 
@@ -99,7 +100,14 @@ def test_resuming_gives_the_uninterrupted_run(finished, tmp_path):
 
 
 def test_a_finished_run_resumes_to_itself(finished, tmp_path):
-    result = continued(finished, tmp_path / "run")()
+    again = continued(finished, tmp_path / "run")
+    folder = tmp_path / "run/checkpoints/checkpoint-12"
+    values = json.loads((folder / "losses.json").read_text())
+    (folder / "losses.json").write_text(json.dumps({**values, "seconds": 1000.0}))
+    seal(folder)
+    result = again()
+    # Time adds up over continuations.
+    assert 1000 < result.metrics["seconds"] < 1100
     assert result.losses == finished.losses
     assert same(trained(result.model), trained(finished.model))
 
@@ -183,6 +191,58 @@ def test_result_on_disk_is_the_trained_model(finished, tmp_path):
         load_result(half, base=str(base), device="cpu")
     with pytest.raises(CheckpointError, match="no result of rosakit tune"):
         load_result(base)
+
+
+def seal(folder):
+    """Record digests anew, as if the files had been saved like that."""
+    from rosakit.tuning.trainer import _seal
+
+    (folder / "seal.json").unlink()
+    _seal(folder)
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """A trainer of a bare model on blocks with different numbers of labels."""
+    wrapped = LossModel(attach(model(), ROUTE), None)
+    blocks = [{"input_ids": ids, "labels": ids.clone()} for ids in tokens(3, 24)]
+    blocks[0]["labels"][3:] = -100
+    for block in blocks:
+        block["position_ids"] = torch.arange(24)
+    config = TuneConfig(output=tmp_path / "run", rosa=ROUTE, device="cpu")
+    return RosaTrainer(
+        wrapped,
+        config,
+        steps=1,
+        train_blocks=blocks,
+        eval_blocks=blocks,
+        identity={},
+        callbacks=[],
+    )
+
+
+def test_loss_scale_of_several_processes(trainer, monkeypatch):
+    """DDP averages gradients, so each process counts its labels once for every process."""
+    inputs = {name: x[None] for name, x in trainer.train_dataset[1].items()}
+    alone = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=46)
+    mean = trainer.compute_loss(trainer.model, inputs)
+    assert alone.item() == pytest.approx(mean.item() / 2)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    shared = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=46)
+    assert shared.item() == pytest.approx(mean.item())
+    assert trainer.compute_loss(trainer.model, inputs).item() == mean.item()
+
+
+def test_heldout_loss_weighs_tokens_not_batches(trainer):
+    found = trainer.evaluate()["eval_loss"]
+    pairs = []
+    for block in trainer.eval_dataset:
+        with torch.no_grad():
+            out = trainer.model(**{name: x[None] for name, x in block.items()})
+        pairs.append((out["loss"].item(), int(out["tokens"])))
+    assert [n for _, n in pairs] == [2, 23, 23]
+    assert found == pytest.approx(sum(x * n for x, n in pairs) / 48)
+    assert trainer.state.log_history[-1]["eval_loss"] == found
 
 
 def test_learning_rates(finished):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,12 +70,16 @@ def tune(
     run = merge({} if config is None else load_config(config), flags)
     if not run.model:
         raise InvalidInputError("no model: give --model, or a configuration file with one")
+    from rosakit.tuning.result import RUN_FILE
     from rosakit.tuning.train import tune as train
 
     result = train(run, show=not quiet)
-    again = f"go on with: rosakit tune {config or '…'} --output {result.output} --resume"
     if result.interrupted:
-        typer.echo(f"stopped at step {result.steps}; {again}", err=True)
+        # What was saved holds every flag, with names that are good from anywhere.
+        saved = shlex.quote(str(result.output.expanduser().absolute() / RUN_FILE))
+        typer.echo(
+            f"stopped at step {result.steps}; go on with: rosakit tune {saved} --resume", err=True
+        )
         raise typer.Exit(130)
     loss, heldout = result.metrics["train_loss"], result.metrics["heldout_loss"]
     shown = "" if heldout is None else f", held-out loss {heldout:.4f}"
@@ -143,12 +148,16 @@ def evaluate(
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Output folder of rosakit tune, or a plain model.")],
+    model: Annotated[
+        str, typer.Argument(help="Result of rosakit tune, saved adapter, or plain model.")
+    ],
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     file: Annotated[
         Path | None, typer.Option(help="File with the text to continue; - for standard input.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model, if it has moved.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model of a saved adapter, or of a result if it moved.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Probability mass that is sampled from.")] = 0.95,
