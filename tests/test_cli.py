@@ -212,6 +212,41 @@ def test_errors_of_data_and_model_files(project, capsys, tmp_path):
     assert "is not YAML" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rosa: 3", "TuneConfig.rosa must be a mapping"),
+        ("lora_alpha: big", "lora_alpha must be a number"),
+        ("model: 3", "model must be text"),
+        ("output: null", "output must be text"),
+        ("data: {max_documents: many}", "max_documents must be an integer"),
+        ("data: {sources: [1]}", "sources must be a name"),
+        ("rosa: {1: 2}", "no field 1"),
+        ("rosa: {estimator: guess}", "unknown estimator"),
+        (b"model: \xff\xfe", "is not UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("flags", [(), ("--window", "8", "--data", "x")])
+def test_yaml_of_the_wrong_type(text, said, flags, capsys, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert call("tune", path, *(() if "sources" in str(text) else flags)) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_files_left_out_are_told_in_one_line(project, capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("w1 w2 w3")
+    (tmp_path / "b.txt").write_bytes(b"w1 \xff")
+    common = ("--model", project / "model", "--device", "cpu", "--output", tmp_path / "run")
+    assert call("tune", *common, "--data", tmp_path, "--quiet") == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: 1 file was left out")
+    assert "b.txt" in first
+    assert "fewer than one block" in second
+
+
 def test_half_a_result_never_generates(results, capsys, tmp_path):
     import shutil
 

@@ -50,6 +50,8 @@ def test_every_field_has_help():
         ({"layers": (1, 1)}, "names a layer twice"),
         ({"window": None, "global_layers": (0,)}, "only means something beside a window"),
         ({"window": None, "adapters": False}, "adds nothing"),
+        ({"estimator": "guess"}, "unknown estimator 'guess'"),
+        ({"estimator_options": {"speed": 1}}, "does not take speed"),
         ({"token_candidates": 0}, "token_candidates must be at least 1"),
     ],
 )
@@ -71,6 +73,7 @@ def test_bad_values(values, message):
         {"token_route": "yes"},
         {"estimator": None},
         {"estimator_options": [1]},
+        {"estimator_options": {1: 2}},
     ],
 )
 def test_wrong_types(values):

@@ -33,11 +33,29 @@ def test_folder_is_read_recursively_in_order_and_counts_what_it_skips(tmp_path):
     write(tmp_path / "a/latin.txt", "é".encode("latin-1"))
     write(tmp_path / "b/__init__.py", " \n")
     write(tmp_path / "picture.png", b"not read at all")
-    found = read(tmp_path)
+    with pytest.warns(RuntimeWarning, match="2 files were left out"):
+        found = read(tmp_path)
     assert [d.name for d in found.train] == ["a/one.py", "b/two.py", "zero.txt"]
     assert found.skipped == 3
-    assert [d.name for d in read(tmp_path, extensions="txt").train] == ["zero.txt"]
-    assert len(read(tmp_path, max_documents=2).train) == 2
+    with pytest.warns(RuntimeWarning, match=r"1 file was left out.*latin\.txt"):
+        assert [d.name for d in read(tmp_path, extensions="txt").train] == ["zero.txt"]
+    with pytest.warns(RuntimeWarning, match="2 files were left out"):
+        assert len(read(tmp_path, max_documents=2).train) == 2
+
+
+def test_numbers_that_yaml_reads_as_text():
+    assert DataConfig(heldout_share="5e-2").heldout_share == 0.05
+
+
+def test_files_that_cannot_be_decoded_are_named(tmp_path):
+    write(tmp_path / "good.txt", "text")
+    write(tmp_path / "empty.txt", "")
+    for name in "abcd":
+        write(tmp_path / f"{name}.txt", "é".encode("latin-1"))
+    with pytest.warns(RuntimeWarning, match=r"4 files were left out.*a\.txt.*c\.txt, …") as caught:
+        assert read(tmp_path).skipped == 5
+    assert len(caught) == 1
+    assert "d.txt" not in str(caught[0].message)
 
 
 def test_byte_order_mark_is_no_text(tmp_path):
@@ -141,8 +159,12 @@ def test_held_out_list_removes_its_copies_from_training(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"repeat": 1.0}, InvalidInputError, "repeat must be in 0..1"),
+        ({"repeat": 1.0}, InvalidInputError, "repeat must be below 1"),
         ({"heldout_share": "x"}, InvalidTypeError, "heldout_share must be a number"),
+        ({"heldout_share": "5e-1x"}, InvalidTypeError, "heldout_share must be a number"),
+        ({"repeat_length": "long"}, InvalidTypeError, "repeat_length must be an integer"),
+        ({"max_documents": "many"}, InvalidTypeError, "max_documents must be an integer or none"),
+        ({"column": 3}, InvalidTypeError, "column must be text"),
         ({"sources": 3}, InvalidTypeError, "sources must be a name"),
         ({"repeat_length": 1}, InvalidInputError, "repeat_length"),
         ({"max_documents": 0}, InvalidInputError, "max_documents"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -272,7 +273,19 @@ def test_refuses_what_it_would_spoil(tmp_path):
         ({"steps": 1, "tokens": 1}, InvalidInputError, "not both"),
         ({"length": 1}, InvalidInputError, "length"),
         ({"lr": "fast"}, InvalidTypeError, "lr must be a number, got 'fast'"),
-        ({"lr": -1.0}, InvalidInputError, "lr must be 0 or more"),
+        ({"lr": -1.0}, InvalidInputError, "lr must be at least 0"),
+        ({"lr": math.inf}, InvalidTypeError, "lr must be a finite number"),
+        ({"lr": True}, InvalidTypeError, "lr must be a number"),
+        ({"lora_alpha": "big"}, InvalidTypeError, "lora_alpha must be a number or none"),
+        ({"lora_alpha": -1}, InvalidInputError, "lora_alpha must be above 0"),
+        ({"warmup": 1.5}, InvalidInputError, "warmup must be at most 1"),
+        ({"model": 3}, InvalidTypeError, "model must be text, got 3"),
+        ({"output": None}, InvalidTypeError, "output must be text, got None"),
+        ({"device": 3}, InvalidTypeError, "device must be text"),
+        ({"gguf_file": 3}, InvalidTypeError, "gguf_file must be text or none"),
+        ({"rosa": 3}, InvalidTypeError, "rosa must be a mapping of the fields of RosaConfig or"),
+        ({"rosa": {"estimator": "guess"}}, InvalidInputError, "unknown estimator 'guess'"),
+        ({"data": None}, InvalidTypeError, "sources must be a name or a list of names"),
         ({"batch_size": 1.5}, InvalidTypeError, "batch_size must be an integer"),
         ({"schedule": "steps"}, InvalidInputError, "schedule must be one of cosine"),
         ({"rosa": None}, InvalidInputError, "nothing to train"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 __all__ = ["main"]
@@ -37,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         from rosakit.cli.app import build
 
-        build()(args=arguments, prog_name="rosakit")
+        with warnings.catch_warnings():
+            vars(warnings)["showwarning"] = _one_line
+            build()(args=arguments, prog_name="rosakit")
     except Exception as error:
         if debug:
             raise
@@ -49,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _one_line(message: Warning | str, *place: object, **more: object) -> None:
+    """A warning as users of the command line read it: without the line of code that gave it."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rosakit.errors import InvalidInputError
+from rosakit.errors import InvalidInputError, InvalidTypeError
 from rosakit.tuning.config import RosaConfig
 from rosakit.tuning.data import DataConfig
 from rosakit.tuning.settings import TuneConfig
@@ -148,6 +148,10 @@ def merge(values: Mapping[str, Any], flags: Mapping[str, Any]) -> TuneConfig:
             part = out.get(flag.part)
             if flag.part == "data" and not isinstance(part, Mapping):
                 part = {} if part is None else {"sources": part}
+            if not isinstance(part, Mapping | None):
+                raise InvalidTypeError(
+                    f"TuneConfig.{flag.part} must be a mapping of its fields, got {part!r}"
+                )
             out[flag.part] = {**(part or {}), flag.field.name: flag.read(value)}
         else:
             out[flag.field.name] = flag.read(value)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rosakit.errors import DataError, InvalidInputError, InvalidTypeError
+from rosakit.errors import DataError
+from rosakit.tuning.fields import check_fields, option
 
 __all__ = ["DataConfig", "Document", "Documents", "read_documents", "split_documents"]
 
@@ -36,10 +38,6 @@ class Document(NamedTuple):
     text: str
 
 
-def _option(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass
 class DataConfig:
     """Which texts to train on and how to lay them out.
@@ -49,62 +47,46 @@ class DataConfig:
         InvalidTypeError: a value of the wrong type.
     """
 
-    sources: tuple[str, ...] = _option(
+    sources: tuple[str, ...] = option(
         (),
         "Texts: files, folders, .jsonl, .parquet, or datasets:NAME[:CONFIG[:SPLIT]].",
     )
-    heldout: tuple[str, ...] = _option(
+    heldout: tuple[str, ...] = option(
         (), "Texts to hold out, given like the sources; empty to hold out a share of them."
     )
-    heldout_share: float = _option(
-        0.05, "Share of documents held out by the hash of their text; 0 holds out nothing."
+    heldout_share: float = option(
+        0.05,
+        "Share of documents held out by the hash of their text; 0 holds out nothing.",
+        low=0,
+        below=1,
     )
-    column: str = _option("text", "Column of .jsonl, .parquet and datasets that holds the text.")
-    extensions: tuple[str, ...] = _option(
+    column: str = option("text", "Column of .jsonl, .parquet and datasets that holds the text.")
+    extensions: tuple[str, ...] = option(
         (), "File types read from folders, such as .py; empty for the usual text and code types."
     )
-    max_documents: int | None = _option(None, "Read at most this many documents; none for all.")
-    isolate: bool = _option(
+    max_documents: int | None = option(
+        None, "Read at most this many documents; none for all.", low=1
+    )
+    isolate: bool = option(
         True, "Keep documents that share a block apart: attention and memory stop at boundaries."
     )
-    repeat: float = _option(
-        0.0, "Share of each block filled with passages copied from earlier in the same document."
+    repeat: float = option(
+        0.0,
+        "Share of each block filled with passages copied from earlier in the same document.",
+        low=0,
+        below=1,
     )
-    repeat_length: int = _option(64, "Mean length of a copied passage in tokens.")
+    repeat_length: int = option(64, "Mean length of a copied passage in tokens.", low=2)
 
     def __post_init__(self) -> None:
-        for name in ("sources", "heldout", "extensions"):
-            value = getattr(self, name)
-            if isinstance(value, str | Path):
-                value = (value,)
-            if not isinstance(value, Sequence) or not all(isinstance(v, str | Path) for v in value):
-                raise InvalidTypeError(
-                    f"DataConfig.{name} must be a name or a list of names, got {value!r}"
-                )
-            setattr(self, name, tuple(str(v) for v in value))
+        check_fields(self)
         self.extensions = tuple(
             e.lower() if e.startswith(".") else f".{e.lower()}" for e in self.extensions
         )
-        for name in ("heldout_share", "repeat"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InvalidTypeError(f"DataConfig.{name} must be a number, got {value!r}")
-            if not 0 <= value < 1:
-                raise InvalidInputError(f"DataConfig.{name} must be in 0..1, got {value}")
-        if not isinstance(self.isolate, bool):
-            raise InvalidTypeError(f"DataConfig.isolate must be true or false: {self.isolate!r}")
-        if self.repeat_length < 2:
-            raise InvalidInputError(
-                f"DataConfig.repeat_length must be at least 2, got {self.repeat_length}"
-            )
-        if self.max_documents is not None and self.max_documents < 1:
-            raise InvalidInputError(
-                f"DataConfig.max_documents must be at least 1, got {self.max_documents}"
-            )
 
 
 class Documents(NamedTuple):
-    """The two halves of a corpus, and how many files of folders were left out (binary, empty)."""
+    """The two halves of a corpus, and how many files or rows were left out (binary, empty)."""
 
     train: list[Document]
     heldout: list[Document]
@@ -116,6 +98,9 @@ def read_documents(config: DataConfig) -> Documents:
 
     Raises:
         DataError: a source that is missing, empty or cannot be decoded, or no document at all.
+
+    Warns:
+        RuntimeWarning: files of a folder were left out because they are no UTF-8 text.
     """
     if not config.sources:
         raise DataError("no data: name at least one file, folder or datasets:NAME as a source")
@@ -127,6 +112,7 @@ def read_documents(config: DataConfig) -> Documents:
         train = [d for d in documents if _digest(d) not in known]
     else:
         train, heldout = split_documents(documents, config.heldout_share)
+    reader.warn()
     if not train:
         raise DataError(
             f"every document of {', '.join(config.sources)} is held out; add data, or lower "
@@ -168,6 +154,19 @@ class _Reader:
     def __init__(self, config: DataConfig) -> None:
         self.config = config
         self.skipped = 0
+        self.undecodable: list[str] = []
+
+    def warn(self) -> None:
+        """Name the files of folders that could not be read; empty ones lose nothing."""
+        if self.undecodable:
+            count, first = len(self.undecodable), self.undecodable[:3]
+            warnings.warn(
+                f"{count} {'file was' if count == 1 else 'files were'} left out, since "
+                f"unreadable, binary or not UTF-8: {', '.join(first)}"
+                f"{', …' if count > len(first) else ''} (convert with iconv -t utf-8)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def read(self, sources: Iterable[str]) -> list[Document]:
         out: list[Document] = []
@@ -213,6 +212,8 @@ class _Reader:
                 text = _decode(path.read_bytes())
             except OSError:
                 text = None
+            if text is None:
+                self.undecodable.append(str(path))
             if text is None or not text.strip():
                 self.skipped += 1
                 continue

@@ -7,31 +7,19 @@ field becomes the help of the flag of the same name.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from rosakit.errors import InvalidInputError, InvalidTypeError
+from rosakit.errors import InvalidInputError
 from rosakit.tuning.config import RosaConfig
 from rosakit.tuning.data import DataConfig
+from rosakit.tuning.fields import check_fields, check_names, option
 
 __all__ = ["TuneConfig", "load_config"]
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "schedule": ("cosine", "linear", "constant"),
-    "dtype": ("auto", "float32", "bfloat16"),
-}
-_POSITIVE = ("length", "batch_size", "accumulate", "log_every", "keep_checkpoints", "eval_blocks")
-_NOT_NEGATIVE = ("save_every", "eval_every", "lora_rank", "seed")
-_RATES = ("lr", "lr_token_route", "lr_lora", "qk_lr_scale", "weight_decay", "max_grad_norm")
-
-
-def _option(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
 
 
 def _default_rosa() -> RosaConfig:
@@ -48,7 +36,7 @@ class TuneConfig:
         InvalidTypeError: a value of the wrong type.
     """
 
-    model: str = _option("", "Model: a hub name, a local folder, or the path of a GGUF file.")
+    model: str = option("", "Model: a hub name, a local folder, or the path of a GGUF file.")
     data: DataConfig = field(
         default_factory=DataConfig, metadata={"help": "Texts and their layout."}
     )
@@ -56,86 +44,58 @@ class TuneConfig:
         default_factory=_default_rosa,
         metadata={"help": "What is added to the model; none to train LoRA alone."},
     )
-    output: str = _option("runs/tune", "Folder of the result.")
-    gguf_file: str | None = _option(None, "GGUF file inside the model's folder or hub repository.")
-    length: int = _option(1024, "Tokens a training sequence.")
-    steps: int | None = _option(None, "Optimizer steps; none to derive them from tokens.")
-    tokens: int | None = _option(
-        None, "Tokens to train on; none, without steps, for one pass over the data."
+    output: str = option("runs/tune", "Folder of the result.")
+    gguf_file: str | None = option(None, "GGUF file inside the model's folder or hub repository.")
+    length: int = option(1024, "Tokens a training sequence.", low=2)
+    steps: int | None = option(None, "Optimizer steps; none to derive them from tokens.", low=1)
+    tokens: int | None = option(
+        None, "Tokens to train on; none, without steps, for one pass over the data.", low=1
     )
-    batch_size: int = _option(1, "Sequences a forward pass.")
-    accumulate: int = _option(1, "Forward passes an optimizer step.")
-    lr: float = _option(3e-4, "Peak learning rate of the adapters.")
-    lr_token_route: float = _option(2e-2, "Peak learning rate of the token route.")
-    lr_lora: float = _option(2e-4, "Peak learning rate of LoRA.")
-    qk_lr_scale: float = _option(
-        0.1, "Learning rate of the adapters' query and key projections, relative to theirs."
+    batch_size: int = option(1, "Sequences a forward pass.", low=1)
+    accumulate: int = option(1, "Forward passes an optimizer step.", low=1)
+    lr: float = option(3e-4, "Peak learning rate of the adapters.", low=0)
+    lr_token_route: float = option(2e-2, "Peak learning rate of the token route.", low=0)
+    lr_lora: float = option(2e-4, "Peak learning rate of LoRA.", low=0)
+    qk_lr_scale: float = option(
+        0.1, "Learning rate of the adapters' query and key projections, relative to theirs.", low=0
     )
-    warmup: float = _option(0.05, "Share of the steps over which the learning rate rises.")
-    schedule: Literal["cosine", "linear", "constant"] = _option(
+    warmup: float = option(
+        0.05, "Share of the steps over which the learning rate rises.", low=0, high=1
+    )
+    schedule: Literal["cosine", "linear", "constant"] = option(
         "cosine", "How the learning rate falls after the warm-up."
     )
-    weight_decay: float = _option(0.0, "Decoupled weight decay of matrices.")
-    max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm; 0 for never.")
-    seed: int = _option(0, "Seed of initialisation, data order and copied passages.")
-    dtype: Literal["auto", "float32", "bfloat16"] = _option(
+    weight_decay: float = option(0.0, "Decoupled weight decay of matrices.", low=0)
+    max_grad_norm: float = option(
+        1.0, "Gradients are scaled down to this norm; 0 for never.", low=0
+    )
+    seed: int = option(0, "Seed of initialisation, data order and copied passages.", low=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Type of the frozen weights; auto is bfloat16 on a GPU, float32 on a CPU."
     )
-    device: str = _option("auto", "cpu, cuda or auto.")
-    gradient_checkpointing: bool = _option(
+    device: str = option("auto", "cpu, cuda or auto.")
+    gradient_checkpointing: bool = option(
         False, "Recompute layers in the backward pass: less memory, more time."
     )
-    lora_rank: int = _option(0, "Rank of LoRA on all linear layers; 0 for none.")
-    lora_alpha: float | None = _option(None, "Scale of LoRA; none for twice its rank.")
-    control: bool = _option(False, "Train the control: everything alike, but nothing is retrieved.")
-    log_every: int = _option(10, "Steps between two lines of loss and health.")
-    save_every: int = _option(100, "Steps between two checkpoints; 0 for the last one only.")
-    keep_checkpoints: int = _option(2, "Checkpoints that are kept.")
-    eval_every: int = _option(0, "Steps between two held-out losses; 0 for the end only.")
-    eval_blocks: int = _option(8, "Held-out sequences that are measured.")
-    resume: bool = _option(False, "Go on from the last checkpoint in the output folder.")
+    lora_rank: int = option(0, "Rank of LoRA on all linear layers; 0 for none.", low=0)
+    lora_alpha: float | None = option(None, "Scale of LoRA; none for twice its rank.", above=0)
+    control: bool = option(False, "Train the control: everything alike, but nothing is retrieved.")
+    log_every: int = option(10, "Steps between two lines of loss and health.", low=1)
+    save_every: int = option(100, "Steps between two checkpoints; 0 for the last one only.", low=0)
+    keep_checkpoints: int = option(2, "Checkpoints that are kept.", low=1)
+    eval_every: int = option(0, "Steps between two held-out losses; 0 for the end only.", low=0)
+    eval_blocks: int = option(8, "Held-out sequences that are measured.", low=1)
+    resume: bool = option(False, "Go on from the last checkpoint in the output folder.")
 
     def __post_init__(self) -> None:
-        self.model, self.output = os.fspath(self.model), os.fspath(self.output)
         if isinstance(self.data, Mapping):
-            self.data = _build(DataConfig, self.data, "data")
+            self.data = _data(self.data)
         elif not isinstance(self.data, DataConfig):
             self.data = DataConfig(sources=self.data)
         if isinstance(self.rosa, Mapping):
             # Fields that are not given keep the defaults of a run, not those of a bare attach.
             self.rosa = RosaConfig.from_dict({**_default_rosa().to_dict(), **self.rosa})
-        for name in ("steps", "tokens"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1)
-        for name in _POSITIVE:
-            _whole(name, getattr(self, name), 1)
-        for name in _NOT_NEGATIVE:
-            _whole(name, getattr(self, name), 0)
-        for name in (*_RATES, "warmup"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                # YAML reads 1e-4 (without a point) as text.
-                value = _number(name, value)
-                setattr(self, name, value)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InvalidTypeError(f"TuneConfig.{name} must be a number, got {value!r}")
-            if not (value >= 0 and math.isfinite(value)):
-                raise InvalidInputError(f"TuneConfig.{name} must be 0 or more, got {value}")
-        if self.warmup > 1:
-            raise InvalidInputError(f"TuneConfig.warmup is a share of the steps: {self.warmup}")
-        for name in ("gradient_checkpointing", "control", "resume"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidTypeError(
-                    f"TuneConfig.{name} must be true or false, got {getattr(self, name)!r}"
-                )
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise InvalidInputError(
-                    f"TuneConfig.{name} must be one of {', '.join(allowed)}; got "
-                    f"{getattr(self, name)!r}"
-                )
-        if self.length < 2:
-            raise InvalidInputError(f"TuneConfig.length must be at least 2, got {self.length}")
+        check_fields(self)
         if self.steps is not None and self.tokens is not None:
             raise InvalidInputError("give steps or tokens, not both")
         trains = self.rosa is not None and (self.rosa.adapters or self.rosa.token_route)
@@ -176,7 +136,8 @@ class TuneConfig:
         Raises:
             InvalidInputError: an unknown field (the message names the nearest one).
         """
-        return _build(cls, values, "the configuration")
+        check_names(cls, values, "the configuration")
+        return cls(**values)
 
 
 def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -189,6 +150,8 @@ def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"{path} is not UTF-8 text; convert it (iconv -t utf-8)") from error
     except OSError as error:
         raise InvalidInputError(f"cannot read configuration {path}: {error.strerror}") from error
     try:
@@ -204,28 +167,6 @@ def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
-_Config = TypeVar("_Config", TuneConfig, DataConfig)
-
-
-def _build(kind: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
-    known = [f.name for f in dataclasses.fields(kind)]
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}"
-            raise InvalidInputError(f"{where} has no field {name!r}; {hint}")
-    return kind(**values)
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise InvalidTypeError(f"TuneConfig.{name} must be a number, got {text!r}") from error
-
-
-def _whole(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidTypeError(f"TuneConfig.{name} must be an integer, got {value!r}")
-    if value < low:
-        raise InvalidInputError(f"TuneConfig.{name} must be at least {low}, got {value}")
+def _data(values: Mapping[str, Any]) -> DataConfig:
+    check_names(DataConfig, values, "data")
+    return DataConfig(**values)
