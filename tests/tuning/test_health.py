@@ -78,7 +78,14 @@ def test_token_route():
     length = torch.tensor([[[3, 1], [2, 0], [1, 0], [0, 0]]], dtype=torch.int32)
     keep = torch.tensor([[0.25, 0.5, 0.75, 1.0]]).log()
     labels = torch.tensor([[8, 7, 3, 0]])
-    found = token_route_health(TokenCandidates(token, length, length), keep, labels)
+    distance = torch.tensor([[[4, 9], [3, 9], [7, 0], [9, 9]]], dtype=torch.int32)
+    candidates = TokenCandidates(token, length, distance)
+    found = token_route_health(candidates, keep, labels, window=4)
+    assert found["route_null_rate"] == pytest.approx(1 / 4)
+    assert found["route_match_length"] == pytest.approx((3 + 2 + 1) / 3)
+    # The best candidate's distance counts: 4 and 7 are out of sight, the empty place is not read.
+    assert found["route_beyond_window"] == pytest.approx(2 / 3)
+    assert "route_beyond_window" not in token_route_health(candidates, keep, labels)
     assert found["candidate_rate"] == pytest.approx(3 / 4)
     assert found["hit_rate"] == pytest.approx(2 / 3)
     # An empty place holds token 0: it must not count as a hit where the label is 0.

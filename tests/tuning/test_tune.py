@@ -63,6 +63,8 @@ def test_learns_to_copy_where_its_control_does_not(tmp_path):
     assert control.metrics["heldout_loss"] - rosa.metrics["heldout_loss"] > 0.7
     assert abs(control.losses[0] - control.metrics["train_loss"]) < 0.5
     assert rosa.metrics["parameters_trained"] == control.metrics["parameters_trained"]
+    route = {"route_match_length", "route_null_rate", "route_beyond_window"}
+    assert route <= rosa.metrics["health"].keys()
     assert rosa.metrics["health"]["hit_rate"] > 0.5 > control.metrics["health"]["hit_rate"]
 
 

@@ -100,18 +100,27 @@ def symbol_health(
 
 
 def token_route_health(
-    found: TokenCandidates, keep: Tensor, labels: Tensor, *, ignore: int = -100
+    found: TokenCandidates,
+    keep: Tensor,
+    labels: Tensor,
+    *,
+    window: int | None = None,
+    ignore: int = -100,
 ) -> dict[str, float]:
-    """How often the token route's candidates are right, and how far its gate is open.
+    """What the token route finds, how often it is right, and how far its gate is open.
 
     Args:
         found: candidates ``[B, T, K]`` for the token after each position.
         keep: ``log g_keep [B, T]``.
         labels: the tokens that follow, ``[B, T]``, `ignore` where there is none.
+        window: attention window in tokens, or None.
 
     Returns:
-        `candidate_rate` (positions with a candidate), `hit_rate` (some candidate is right, among
-        those), `first_hit_rate` (the best one is) and `gate` (mean of ``1 - g_keep`` there).
+        `candidate_rate` and `route_null_rate` (positions with and without a candidate); among
+        those with one: `hit_rate` (some candidate is right), `first_hit_rate` (the best one is),
+        `route_match_length` (mean match length of the best one, in tokens),
+        `route_beyond_window` (the best one was read beyond the window) and `gate` (mean of
+        ``1 - g_keep``).
     """
     asked = labels != ignore
     valid = (found.length > 0) & asked[..., None]
@@ -119,11 +128,15 @@ def token_route_health(
     out: dict[str, float] = {}
     if not bool(asked.any()):
         return out
-    out["candidate_rate"] = _share(some, asked)
+    rate = _share(some, asked)
+    out |= {"candidate_rate": rate, "route_null_rate": 1 - rate}
     if bool(some.any()):
         right = valid & (found.token == labels[..., None])
         out["hit_rate"] = _share(right.any(-1), some)
         out["first_hit_rate"] = _share(right[..., 0], some)
+        out["route_match_length"] = float(found.length[..., 0][some].float().mean())
+        if window is not None:
+            out["route_beyond_window"] = _share(found.distance[..., 0] >= window, some)
         out["gate"] = float((1 - keep.detach().float().exp())[some].mean())
     return out
 

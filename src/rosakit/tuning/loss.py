@@ -156,7 +156,12 @@ class LossModel(nn.Module):
             health = watch.health(input_ids)
             if found is not None and log_keep is not None:
                 wide = TokenCandidates(*(x[None] for x in found))
-                health |= token_route_health(wide, log_keep[None], target[counted][None])
+                health |= token_route_health(
+                    wide,
+                    log_keep[None],
+                    target[counted][None],
+                    window=config_of(self.model).window,
+                )
             self.health = health
         loss = nll.sum() / (tokens.clamp(min=1) if num_items is None else num_items)
         return {"loss": loss, "tokens": tokens}
