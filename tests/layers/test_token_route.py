@@ -17,7 +17,7 @@ from rosakit.layers.token_match import (
     best_successors_naive,
     gather_candidates,
 )
-from rosakit.layers.token_route import length_bucket
+from rosakit.layers.token_route import length_bucket, mixed_log_prob
 from rosakit.ops import suffix_match
 from tests.ops import brute
 
@@ -206,3 +206,23 @@ def test_bad_input():
             torch.randn(1, 3, 5),
             candidates_of(torch.zeros(1, 4, dtype=torch.long), 4),
         )
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_chosen_tokens_have_the_log_probability_of_the_whole_distribution(repeated):
+    """Also where several places hold one token, as the control's do."""
+    torch.manual_seed(2)
+    ids = torch.randint(0, 7, (2, 40))
+    found = candidates_of(ids)
+    route = TokenRoute(8, candidates=3)
+    for parameter in route.parameters():
+        torch.nn.init.normal_(parameter)
+    if repeated:
+        found = route.own_value_candidates(ids, found)
+    hidden, logits = torch.randn(2, 40, 8), 3 * torch.randn(2, 40, 7)
+    log_p = logits.log_softmax(-1)
+    gates = route.gate(hidden, log_p.gather(-1, found.token), found)
+    everything = torch.arange(7).expand(2, 40, 7)
+    got = mixed_log_prob(everything, log_p, *gates, found)
+    torch.testing.assert_close(got, route(hidden, logits, found))
+    torch.testing.assert_close(got.exp().sum(-1), torch.ones(2, 40))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from rosakit.errors import InvalidInputError
 from rosakit.layers.token_match import TokenCandidates
 
-__all__ = ["TokenCandidates", "TokenRoute"]
+__all__ = ["TokenCandidates", "TokenRoute", "mixed_log_prob"]
 
 _LENGTH_BUCKETS = 24
 """Half-octave buckets of the match length: 1, 2, 3, 4-5, 6-7, 8-11, … the last is open."""
@@ -143,14 +143,19 @@ class TokenRoute(nn.Module):
         normalizer = work.logsumexp(dim=-1, keepdim=True)
         log_p = work.gather(-1, found.token) - normalizer
         log_keep, log_copy = self.gate(hidden, log_p, found)
-        kept = log_p + log_keep[..., None]
-        gain = _copy_gain(kept, log_copy, found)
+        raised = mixed_log_prob(found.token, log_p, log_keep, log_copy, found)
+        gain = torch.where(_first_places(found), raised - (log_p + log_keep[..., None]), 0.0)
         # One pass over the vocabulary: normalise, scale by the gate, raise the candidates.
         mixed = (work + (log_keep[..., None] - normalizer)).scatter_add(-1, found.token, gain)
         return mixed.to(logits.dtype)
 
     def own_value_candidates(self, input_ids: Tensor, found: TokenCandidates) -> TokenCandidates:
-        """The control's candidates: the current token in every place that holds one."""
+        """The control's candidates: the current token in every place that holds one.
+
+        Args:
+            input_ids: ``[...]``, the current tokens.
+            found: the candidates ``[..., K]``.
+        """
         own = input_ids.to(torch.int64)[..., None].expand_as(found.token)
         return TokenCandidates(torch.where(found.length > 0, own, 0), found.length, found.distance)
 
@@ -161,22 +166,34 @@ class TokenRoute(nn.Module):
         )
 
 
-def _copy_gain(kept: Tensor, log_copy: Tensor, found: TokenCandidates) -> Tensor:
-    """How much each candidate's log probability rises: ``[B, T, K]``, 0 at empty places.
+def mixed_log_prob(
+    asked: Tensor, log_p: Tensor, log_keep: Tensor, log_copy: Tensor, found: TokenCandidates
+) -> Tensor:
+    """Log probability of chosen tokens under the mixture (semantics section 5), ``[..., M]``.
 
-    ``log(exp(kept) + sum of exp(log_copy) over places of that token) - kept``, given to the first
-    of several places with one token (distinct tokens are the rule; the control repeats its own).
+    ``log(g_keep p_lm(x) + sum of g_k over candidates k that are x)``, differentiable, with finite
+    gradients where there are no candidates.
 
     Args:
-        kept: ``[B, T, K]``, log of ``g_keep p_lm(c_k)``.
-        log_copy: ``[B, T, K]``, log gates, -inf at empty places.
+        asked: int64 ``[..., M]``, the tokens.
+        log_p: ``[..., M]``, the model's own log probability of each.
+        log_keep, log_copy: log gates ``[...]`` and ``[..., K]`` of :meth:`TokenRoute.gate`.
+        found: the candidates ``[..., K]``.
+    """
+    valid = found.length > 0
+    same = (asked[..., :, None] == found.token[..., None, :]) & valid[..., None, :]
+    # exp(-1e4) is exactly 0 and, unlike -inf, keeps every gradient finite.
+    finite = torch.where(valid, log_copy, -1e4)
+    copied = finite[..., None, :].masked_fill(~same, -1e4).logsumexp(-1)
+    return torch.logaddexp(log_p + log_keep[..., None], copied)
+
+
+def _first_places(found: TokenCandidates) -> Tensor:
+    """The first of the places that hold one token, bool ``[..., K]``; empty places are none.
+
+    Distinct tokens are the rule; the control repeats its own.
     """
     valid = found.length > 0
     same = (found.token[..., :, None] == found.token[..., None, :]) & valid[..., None, :]
-    first = valid & (
-        same.to(torch.int8).argmax(-1) == torch.arange(valid.shape[-1], device=valid.device)
-    )
-    # exp(-1e4) is exactly 0 and, unlike -inf, keeps every gradient finite.
-    finite = torch.where(valid, log_copy, -1e4)
-    total = finite[..., None, :].masked_fill(~same, -1e4).logsumexp(-1)
-    return torch.where(first, torch.logaddexp(kept, total) - kept, 0.0)
+    own = torch.arange(valid.shape[-1], device=valid.device)
+    return valid & (same.to(torch.int8).argmax(-1) == own)

@@ -8,7 +8,6 @@ graph is built below it at all, and the backward pass touches a few hundred numb
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rosakit import symbols
 from rosakit.layers import RosaContext, TokenCandidates, TokenRoute
+from rosakit.layers.token_route import mixed_log_prob
 from rosakit.tuning.attach import adapters_of, config_of, controller_of, is_attached
 from rosakit.tuning.health import match_health, mean_health, symbol_health, token_route_health
 from rosakit.tuning.modules import decoder_of
@@ -89,9 +89,7 @@ def log_probs_of(hidden: Tensor, ids: Tensor, head: Head, *, chunk: int | None =
 def candidate_nll(
     route: TokenRoute, hidden: Tensor, log_p: Tensor, target: Tensor, found: TokenCandidates
 ) -> tuple[Tensor, Tensor]:
-    """Negative log likelihood under the token route's mixture (semantics section 5).
-
-    ``-log(g_keep p_lm(y) + sum of g_k over candidates k that are y)``.
+    """Negative log likelihood under the token route's mixture.
 
     Args:
         route: the token route.
@@ -104,10 +102,8 @@ def candidate_nll(
         The loss ``[N]`` and ``log g_keep [N]``.
     """
     log_keep, log_copy = route.gate(hidden, log_p[:, 1:], found)
-    right = (found.token == target[:, None]) & (found.length > 0)
-    copied = log_copy.masked_fill(~right, -math.inf)
-    terms = torch.cat([(log_keep + log_p[:, 0])[:, None], copied], dim=1)
-    return -terms.logsumexp(-1), log_keep
+    mixed = mixed_log_prob(target[:, None], log_p[:, :1], log_keep, log_copy, found)
+    return -mixed[:, 0], log_keep
 
 
 class LossModel(nn.Module):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from rosakit.errors import InvalidInputError
 from rosakit.layers import TokenCandidates, TokenRoute
+from rosakit.layers.token_route import mixed_log_prob
 from rosakit.tuning.attach import controller_of
 
 __all__ = [
@@ -175,16 +176,17 @@ def extract(call: Tapped, input_ids: Tensor, labels: Tensor) -> RouteFeatures:
     )
 
 
-class _Mixture(NamedTuple):
-    """The mixture at N positions: candidates, gates, and each label's log probability."""
+class _Gated(NamedTuple):
+    """N positions under a route: its candidates, what the model gives them, and the gates."""
 
-    token: Tensor
+    found: TokenCandidates
     log_p: Tensor
     log_keep: Tensor
-    copied: Tensor
-    valid: Tensor
-    hit: Tensor
-    label_log_p: Tensor
+    log_copy: Tensor
+
+    def score(self, asked: Tensor, log_p: Tensor) -> Tensor:
+        """Log probability of tokens ``[N, M]`` to which the model gives `log_p`."""
+        return mixed_log_prob(asked, log_p, self.log_keep, self.log_copy, self.found)
 
 
 def label_log_prob(route: TokenRoute, features: RouteFeatures) -> Tensor:
@@ -196,39 +198,32 @@ def label_log_prob(route: TokenRoute, features: RouteFeatures) -> Tensor:
         route: a token route, or a control (``retrieve=False``).
         features: of N positions, with as many candidates as the route has.
     """
-    return _mix(route, features).label_log_p
+    gated = _gate(route, features)
+    return gated.score(features.label[:, None], features.label_log_p[:, None])[:, 0]
 
 
 @torch.no_grad()
 def label_scores(route: TokenRoute, features: RouteFeatures) -> tuple[Tensor, Tensor]:
     """:func:`label_log_prob`, and whether each label is the most probable token, bool ``[N]``."""
-    mix = _mix(route, features)
-    same = (mix.token[:, :, None] == mix.token[:, None, :]) & mix.valid[:, None, :]
-    total = mix.copied[:, None, :].masked_fill(~same, -1e4).logsumexp(-1)
-    rival = torch.logaddexp(mix.log_p + mix.log_keep[:, None], total)
-    rival = torch.where(mix.valid & ~mix.hit, rival, -torch.inf).amax(-1)
+    gated = _gate(route, features)
+    label = features.label[:, None]
+    scored = gated.score(label, features.label_log_p[:, None])[:, 0]
+    rival = gated.score(gated.found.token, gated.log_p)
+    other = (gated.found.length > 0) & (gated.found.token != label)
+    rival = torch.where(other, rival, -torch.inf).amax(-1)
     # The model's own favourite, unless it is the label itself.
-    kept = features.top_log_p + mix.log_keep
+    kept = features.top_log_p + gated.log_keep
     is_top = features.label_log_p >= features.top_log_p
-    scored = mix.label_log_p
     return scored, (scored >= rival) & (is_top | (scored >= kept))
 
 
-def _mix(route: TokenRoute, features: RouteFeatures) -> _Mixture:
-    token, log_p = features.token, features.log_p
-    valid = features.length > 0
+def _gate(route: TokenRoute, features: RouteFeatures) -> _Gated:
+    found = TokenCandidates(features.token, features.length, features.distance)
+    log_p = features.log_p
     if not route.retrieve:
-        # The control's candidates: the own token in every place that holds one.
-        token = torch.where(valid, features.own[:, None], 0)
-        log_p = torch.where(valid, features.own_log_p[:, None], log_p)
-    found = TokenCandidates(token, features.length, features.distance)
-    log_keep, log_copy = route.gate(features.hidden, log_p, found)
-    # exp(-1e4) is exactly 0 and, unlike -inf, keeps every gradient finite.
-    copied = torch.where(valid, log_copy, -1e4)
-    hit = valid & (token == features.label[:, None])
-    gain = copied.masked_fill(~hit, -1e4).logsumexp(-1)
-    scored = torch.logaddexp(features.label_log_p + log_keep, gain)
-    return _Mixture(token, log_p, log_keep, copied, valid, hit, scored)
+        found = route.own_value_candidates(features.own, found)
+        log_p = torch.where(found.length > 0, features.own_log_p[:, None], log_p)
+    return _Gated(found, log_p, *route.gate(features.hidden, log_p, found))
 
 
 class FeatureReader:

@@ -245,7 +245,8 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
         inner = self.accelerator.unwrap_model(self.model if model is None else model).model
         load_trained(inner, folder, self.config)
         values = json.loads((folder / _LOSSES).read_text())
-        self.losses, self._seconds_before = list(values["losses"]), values["seconds"]
+        self.losses = list(values["losses"])
+        self._seconds_before = float(values.get("seconds", 0.0))
 
 
 class _Observe(TrainerCallback):  # type: ignore[misc]
