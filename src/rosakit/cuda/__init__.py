@@ -57,7 +57,11 @@ def available() -> bool:
 def supports(
     q: Tensor, *, granularity: str = "token", counterfactual_bits: int = 0, **_: object
 ) -> bool:
-    """Whether :func:`match` takes these symbols and options (else the CPU core does)."""
+    """Whether ``backend="auto"`` gives these symbols to :func:`match` (else to the CPU core).
+
+    Run granularity has to be asked for by ``backend="cuda"``: the last correction of its kernel was
+    tested in the emulator and not yet on a GPU.
+    """
     import torch
 
     from rosakit.cuda.matcher import MAX_POSITIONS
@@ -65,7 +69,7 @@ def supports(
     return (
         q.is_cuda
         and q.dtype == torch.uint8
-        and granularity in ("token", "run")
+        and granularity == "token"
         and counterfactual_bits <= 8
         and q.shape[-1] <= MAX_POSITIONS
     )

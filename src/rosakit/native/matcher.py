@@ -24,8 +24,12 @@ def match(
     """The exact suffix match of every stream, in near-linear time for any input.
 
     Args:
-        q, k: symbols ``[B, R, T]``, uint8, uint16 or int32 (nonnegative).
-        granularity, successor, max_length, min_length: as in `rosakit.ops.suffix_match`.
+        q: query symbols ``[B, R, T]``, uint8, uint16 or int32 (nonnegative).
+        k: key symbols, the same shape and type.
+        granularity: "token" or "run"; see :func:`rosakit.ops.suffix_match`.
+        successor: "available" or "strict"; run granularity only.
+        max_length: longer matches count as this long; None for no limit.
+        min_length: a shorter best match is no match.
         segment_starts: int32 ``[B, T]``: where each position's segment starts, -1 at padding.
         counterfactual_bits: M > 0 also flips each of the low M bits of the query's last symbol.
 

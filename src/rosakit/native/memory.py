@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +17,9 @@ from rosakit.errors import CheckpointError, InvalidInputError, InvalidTypeError
 from rosakit.native import _checks
 from rosakit.native._checks import Array
 from rosakit.native._load import core
+from rosakit.types import Match
 
 Rows = Sequence[int] | Array | Tensor
-
-
-class Match(NamedTuple):
-    """What one chunk matched: numpy arrays, or tensors where the input was tensors.
-
-    Attributes:
-        position: int32 ``[B, R, n]`` (``[B, 1, n, K]`` for candidates), -1 where nothing matched.
-        length: int32, same shape, 0 where nothing matched.
-    """
-
-    position: Any
-    length: Any
 
 
 class SuffixMemory:
@@ -44,7 +33,10 @@ class SuffixMemory:
         routes: streams R of a row.
         bits: bits a symbol, 1 to 16; None for token ids (int32, nonnegative).
         symbols: "int32" says token ids explicitly; only with ``bits=None``.
-        granularity, successor, max_length, min_length: as in `rosakit.ops.suffix_match`.
+        granularity: "token" or "run"; see :func:`rosakit.ops.suffix_match`.
+        successor: "available" or "strict"; run granularity only.
+        max_length: longer matches count as this long; None for no limit.
+        min_length: a shorter best match is no match.
         max_bytes: bound on the bytes reserved. Before it would be passed, the row that remembers
             most forgets the older half of it (`starts`); matches stay exact among the positions
             still remembered.
@@ -158,7 +150,8 @@ class SuffixMemory:
         """Match a chunk of queries and remember its keys.
 
         Args:
-            q, k: symbols ``[B, R, n]``, numpy arrays or CPU tensors; uint8, uint16 or int32.
+            q: query symbols ``[B, R, n]``, numpy array or CPU tensor; uint8, uint16 or int32.
+            k: key symbols, the same shape, type and kind.
             mask: bool ``[B, n]``, False at padding.
             candidates: K: return the K best distinct successors instead of the match (semantics
                 5); needs ``routes=1``, token granularity and ``q`` equal to ``k``.
@@ -200,7 +193,8 @@ class SuffixMemory:
             position, length = position[..., 0], length[..., 0]
         if as_tensor:
             return Match(torch.from_numpy(position), torch.from_numpy(length))
-        return Match(position, length)
+        arrays: Any = position, length  # of the caller's own kind; Match is typed for tensors
+        return Match(*arrays)
 
     def _check_candidates(self, candidates: int, q: Array, k: Array) -> None:
         if not 1 <= candidates <= 1024:
