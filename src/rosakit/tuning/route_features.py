@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rosakit.errors import InvalidInputError
+from rosakit.files import atomic_write
 from rosakit.layers import TokenCandidates, TokenRoute
 from rosakit.layers.token_route import mixed_log_prob
 from rosakit.tuning.attach import controller_of
@@ -324,17 +325,13 @@ def _load(path: Path) -> RouteFeatures | None:
 
 
 def _save(path: Path, features: RouteFeatures) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in vars(features).items()}, temporary)
-        os.replace(temporary, path)
+        atomic_write(path, save({k: v.contiguous() for k, v in vars(features).items()}))
     except OSError as error:
         raise InvalidInputError(
             f"cannot keep features in {path.parent}: {error.strerror or error}; free some space "
             "or name another folder"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -129,7 +129,8 @@ def tune(
     result = TuneResult(
         output, model, tokenizer, trainer.state.global_step, interrupted, trainer.losses, metrics
     )
-    _save(result, config)
+    if trainer.is_world_process_zero():
+        _save(result, config)
     return result
 
 

@@ -208,8 +208,12 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
         self._staging = True
         root = Path(self.args.output_dir)
         try:
-            shutil.rmtree(root / _STAGING, ignore_errors=True)
+            if self.args.should_save:
+                shutil.rmtree(root / _STAGING, ignore_errors=True)
+            # Every process writes its random state into the folder that one of them seals.
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
             name = f"checkpoint-{self.state.global_step}"
             if self.args.should_save:
                 _seal(root / _STAGING / name)
@@ -219,6 +223,7 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
                 shutil.rmtree(root / _STAGING, ignore_errors=True)
                 for _, old in _checkpoints(root)[: -self.config.keep_checkpoints]:
                     shutil.rmtree(old, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError) as error:
             # torch.save reports a full disk as a RuntimeError of its container format.
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
