@@ -12,7 +12,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from rosakit.errors import BackendError
+from rosakit.files import atomic_write
 
 Argument = tuple[Any, Any]
 """A kernel argument: its value and its ctypes type."""
@@ -139,9 +139,7 @@ def _cubin(sources: Sequence[str], macros: Mapping[str, int], arch: str) -> byte
     # A cache that cannot be written costs a compilation each process, nothing more.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)
+        atomic_write(path, cubin)
     return cubin
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from rosakit.errors import CheckpointError, InvalidInputError
 from rosakit.evaluate.environment import Environment
+from rosakit.files import atomic_write
 
 __all__ = [
     "EvaluationResult",
@@ -324,26 +324,19 @@ def _number(value: float) -> float | None:
 
 
 def write_json(path: str | os.PathLike[str], values: Mapping[str, Any] | Sequence[Any]) -> Path:
-    """Write JSON atomically: to a temporary file beside the target, then renamed over it.
+    """Write JSON; the file appears complete or not at all.
 
     Raises:
         InvalidInputError: the file cannot be written (the message names the reason).
     """
     target = Path(path)
-    temporary: str | None = None
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+        atomic_write(target, text)
     except OSError as error:
-        raise InvalidInputError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        raise InvalidInputError(
+            f"cannot write {target}: {error.strerror or error}; free some space or name another "
+            "folder"
+        ) from error
     return target

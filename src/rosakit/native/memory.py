@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rosakit.errors import CheckpointError, InvalidInputError, InvalidTypeError
+from rosakit.files import atomic_write
 from rosakit.native import _checks
 from rosakit.native._checks import Array
 from rosakit.native._load import core
@@ -248,14 +248,18 @@ class SuffixMemory:
     # --- saving -------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the memory to a file, atomically (format: docs/memory-format.md)."""
-        target = Path(path)
+        """Write the memory to a file, atomically (format: docs/memory-format.md).
+
+        Raises:
+            CheckpointError: it cannot be written; what the file held before is unchanged.
+        """
         try:
-            with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-                file.write(self._state.serialize())
-            os.replace(file.name, target)
+            atomic_write(path, self._state.serialize())
         except OSError as error:
-            raise CheckpointError(f"cannot save the memory to {target}: {error}") from error
+            raise CheckpointError(
+                f"cannot save the memory to {path}: {error.strerror or error}; free some space or "
+                "name another folder"
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SuffixMemory:

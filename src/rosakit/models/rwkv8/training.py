@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from rosakit.errors import CheckpointError, InvalidInputError, RosakitError
+from rosakit.files import atomic_write
 from rosakit.models.rwkv8 import checkpoint, tasks
 from rosakit.models.rwkv8.accuracy import Accuracy, by_length, evaluate
 from rosakit.models.rwkv8.loading import load, save
@@ -297,10 +298,8 @@ class Trainer:
             "rng": [version, list(numbers), gauss],
             "seconds": self.seconds,
         }
-        part = self.folder / "trainer.pt.part"
         try:
-            torch.save(state, part)
-            os.replace(part, self.folder / "trainer.pt")
+            atomic_write(self.folder / "trainer.pt", lambda file: torch.save(state, file))
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"cannot save the run to {self.folder}: {error}") from error
 
@@ -346,9 +345,7 @@ def loss_of(model: RosaModel, batch: Batch) -> torch.Tensor:
 
 
 def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_text(text + "\n")
-        os.replace(part, path)
+        atomic_write(path, text + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
