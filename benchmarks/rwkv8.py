@@ -76,7 +76,7 @@ def python_positions(q: list[int], k: list[int]) -> list[int]:
 
 
 def python_match(q: Tensor, k: Tensor, **_: Any) -> Match:
-    """`suffix_match` with :func:`python_positions` inside; lengths are left out."""
+    """`suffix_match` with `python_positions` inside; lengths are left out."""
     rows = [
         python_positions(a.tolist(), b.tolist())
         for a, b in zip(q.flatten(0, -2), k.flatten(0, -2), strict=True)

@@ -75,7 +75,7 @@ def pack(x: Tensor, bits: int) -> Tensor:
 
 
 def unpack(symbols: Tensor, bits: int, dtype: torch.dtype = torch.bool) -> Tensor:
-    """Symbols to channels of 0 and 1: the inverse of :func:`pack`.
+    """Symbols to channels of 0 and 1: the inverse of `pack`.
 
     Args:
         symbols: ``[B, R, T]`` of an integer dtype.

@@ -57,7 +57,7 @@ def available() -> bool:
 def supports(
     q: Tensor, *, granularity: str = "token", counterfactual_bits: int = 0, **_: object
 ) -> bool:
-    """Whether ``backend="auto"`` gives these symbols to :func:`match` (else to the CPU core).
+    """Whether ``backend="auto"`` gives these symbols to `match` (else to the CPU core).
 
     Run granularity has to be asked for by ``backend="cuda"``: the last correction of its kernel was
     tested in the emulator and not yet on a GPU.

@@ -106,7 +106,7 @@ def plan(length: int, flips: int, shared_limit: int) -> Plan:
 
 
 def runs_plan(length: int, shared_limit: int) -> Plan:
-    """As :func:`plan`, for run granularity: the rank structures in shared memory, if they fit."""
+    """As `plan`, for run granularity: the rank structures in shared memory, if they fit."""
     blocks = (length + 63) // 64
     threads = 1024 if length > 8192 else 512 if length > 2048 else 256
     fixed = 2 * _CONTROL_BYTES + 2 * _SUPERBLOCKS * 64
@@ -145,7 +145,7 @@ def match(
     min_depth: int = MIN_DEPTH,
     max_depth: int = MAX_DEPTH,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The exact suffix match on the GPU; see :func:`rosakit.cuda.match`.
+    """The exact suffix match on the GPU; see `rosakit.cuda.match`.
 
     Args:
         min_depth, max_depth: levels before the walk, for tests and tuning; results do not depend

@@ -39,7 +39,7 @@ def niah(
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        lengths: tokens of the prompts; see :func:`make_needles`, also for the next ones.
+        lengths: tokens of the prompts; see `make_needles`, also for the next ones.
         depths: 0 (start of the haystack) to 1 (its end).
         samples: prompts a cell.
         haystack: text to hide needles in; None for neutral short sentences.
@@ -52,7 +52,7 @@ def niah(
         progress: called after each batch.
 
     Raises:
-        InvalidInputError: see :func:`make_needles`; window below 1.
+        InvalidInputError: see `make_needles`; window below 1.
     """
     needles = make_needles(
         tokenizer,
@@ -89,7 +89,7 @@ def measure_niah(
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, NiahResult]:
-    """:func:`niah` of every variant that a scorer scores, on given needles."""
+    """`niah` of every variant that a scorer scores, on given needles."""
     if window < 1 or batch_size < 1 or not needles:
         raise InvalidInputError(
             f"niah needs window >= 1, batch_size >= 1 and at least one needle; got {window}, "

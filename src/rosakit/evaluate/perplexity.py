@@ -45,7 +45,7 @@ def perplexity(
             is context and is not predicted.
         edges: bucket edges in tokens, ascending from 0; positions past the last edge go into one
             more bucket. A token's position is the number of tokens before it. Default:
-            :func:`position_edges` of the longest document.
+            `position_edges` of the longest document.
         batch_size: documents a forward pass.
         progress: called after each batch.
 
@@ -73,7 +73,7 @@ def measure_perplexity(
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, PerplexityResult]:
-    """:func:`perplexity` of every variant that a scorer scores; the other arguments are its."""
+    """`perplexity` of every variant that a scorer scores; the other arguments are its."""
     rows = [as_ids(document) for document in documents]
     if not rows:
         raise InvalidInputError("perplexity needs at least one document, got none")

@@ -194,7 +194,7 @@ class VariantResult:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VariantResult:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of `to_dict`."""
         grid = values["niah_detail"]
         return cls(
             _perplexity_from(values["perplexity_detail"]),
@@ -275,7 +275,7 @@ class EvaluationResult:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EvaluationResult:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of `to_dict`.
 
         Raises:
             CheckpointError: a newer format, or something else altogether.
@@ -304,7 +304,7 @@ class EvaluationResult:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EvaluationResult:
-        """Read what :meth:`save` wrote.
+        """Read what `save` wrote.
 
         Raises:
             CheckpointError: no such file, or no evaluation result.

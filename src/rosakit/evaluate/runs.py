@@ -61,10 +61,10 @@ def evaluate_runs(
         documents: documents measured; the longest ones in tokens, since positions far back are the
             point.
         niah_lengths: lengths of the needle prompts in tokens; empty leaves needles out.
-        depths: where needles stand; see :func:`rosakit.evaluate.niah`.
+        depths: where needles stand; see `rosakit.evaluate.niah`.
         samples: needles at each length and depth.
         seed: of the needles.
-        dtype: see :func:`rosakit.tuning.sources.load_model`; None for the run's own.
+        dtype: see `rosakit.tuning.sources.load_model`; None for the run's own.
         device: where to compute; None for the run's own.
         progress: called as ``progress(what, done, total)``.
 

@@ -33,7 +33,7 @@ class Task:
             that tables and plots show.
         needles: prompts, or none.
         window, sink_tokens: what they do not show counts as far away, for all variants.
-        edges: of the position buckets, see :func:`~rosakit.evaluate.perplexity`.
+        edges: of the position buckets, see `rosakit.evaluate.perplexity`.
         question, seed: of the needles.
         batch_size: sequences a forward pass.
     """

@@ -36,7 +36,7 @@ class RosaAdapter(nn.Module):
         hidden_size: width of the model.
         bits: bits per route, 1..16.
         routes: number of routes; None for ``hidden_size // bits``.
-        estimator: gradient estimator by name; see :func:`rosakit.ops.rosa`.
+        estimator: gradient estimator by name; see `rosakit.ops.rosa`.
         estimator_options: its options.
         inject: where the result goes; "pre_attn" adds a learned scalar `alpha`.
         unmatched: what a position without match reads: "zero", "self" or "null" (learned).

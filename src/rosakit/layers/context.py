@@ -20,7 +20,7 @@ class RosaContext:
 
     Attributes:
         input_ids: ``[B, T]`` token ids of this chunk, where known.
-        segment_starts: int32 ``[B, T]``, see :mod:`rosakit.ops.segments`; whole sequences only.
+        segment_starts: int32 ``[B, T]``, see `rosakit.ops.segments`; whole sequences only.
         mask: bool ``[B, T]``, real positions of this chunk; streaming only.
         states: the streaming states when a cache is in use, else None.
         token_match: exact token-id match of this chunk ``[B, 1, T]``, for ``address="token"``.

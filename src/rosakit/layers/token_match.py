@@ -42,7 +42,7 @@ def best_successors(
         min_length: shorter matches are left out.
 
     Returns:
-        A :class:`Match` whose `position` and `length` are int32 ``[B, T, K]``, best first.
+        A `Match` whose `position` and `length` are int32 ``[B, T, K]``, best first.
 
     Raises:
         InvalidInputError: wrong shape, K < 1, or ids outside int32.
@@ -91,7 +91,7 @@ def _(
 def best_successors_naive(
     ids: Tensor, candidates: int, segment_starts: Tensor | None, min_length: int
 ) -> tuple[Tensor, Tensor]:
-    """Quadratic form of :func:`best_successors`: rank every earlier position, keep new tokens."""
+    """Quadratic form of `best_successors`: rank every earlier position, keep new tokens."""
     batch, length = ids.shape
     position = torch.full((batch, length, candidates), -1, dtype=torch.int32)
     size = torch.zeros_like(position)
@@ -121,7 +121,7 @@ def gather_candidates(input_ids: Tensor, found: Match) -> TokenCandidates:
 
     Args:
         input_ids: ``[B, T]``.
-        found: result of :func:`best_successors` on them.
+        found: result of `best_successors` on them.
     """
     position = found.position.to(torch.int64)
     batch, length, k = position.shape

@@ -177,7 +177,7 @@ def mixed_log_prob(
     Args:
         asked: int64 ``[..., M]``, the tokens.
         log_p: ``[..., M]``, the model's own log probability of each.
-        log_keep, log_copy: log gates ``[...]`` and ``[..., K]`` of :meth:`TokenRoute.gate`.
+        log_keep, log_copy: log gates ``[...]`` and ``[..., K]`` of `TokenRoute.gate`.
         found: the candidates ``[..., K]``.
     """
     valid = found.length > 0

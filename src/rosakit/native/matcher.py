@@ -26,7 +26,7 @@ def match(
     Args:
         q: query symbols ``[B, R, T]``, uint8, uint16 or int32 (nonnegative).
         k: key symbols, the same shape and type.
-        granularity: "token" or "run"; see :func:`rosakit.ops.suffix_match`.
+        granularity: "token" or "run"; see `rosakit.ops.suffix_match`.
         successor: "available" or "strict"; run granularity only.
         max_length: longer matches count as this long; None for no limit.
         min_length: a shorter best match is no match.

@@ -33,7 +33,7 @@ class SuffixMemory:
         routes: streams R of a row.
         bits: bits a symbol, 1 to 16; None for token ids (int32, nonnegative).
         symbols: "int32" says token ids explicitly; only with ``bits=None``.
-        granularity: "token" or "run"; see :func:`rosakit.ops.suffix_match`.
+        granularity: "token" or "run"; see `rosakit.ops.suffix_match`.
         successor: "available" or "strict"; run granularity only.
         max_length: longer matches count as this long; None for no limit.
         min_length: a shorter best match is no match.

@@ -59,7 +59,7 @@ def suffix_match(
         backend: "cpu" (the C++ core), "cuda", "oracle" (quadratic torch) or "auto".
 
     Returns:
-        A :class:`Match` with the leading shape of `q`, int32, on its device.
+        `Match` with the leading shape of `q`, int32, on its device.
 
     Raises:
         InvalidTypeError: `q` or `k` has another dtype, or they differ in dtype or device.

@@ -34,11 +34,11 @@ def suffix_match_oracle(
         successor: "available" or "strict"; run granularity only.
         max_length: longer matches count as this long.
         min_length: a shorter best match is no match.
-        segment_starts: int32 ``[B, T]`` or None; see :mod:`rosakit.ops.segments`.
+        segment_starts: int32 ``[B, T]`` or None; see `rosakit.ops.segments`.
         counterfactual_bits: number ``M`` of low bits of the query's last symbol to flip.
 
     Returns:
-        A :class:`Match` of int32 tensors.
+        `Match` of int32 tensors.
     """
     batch, routes, length = q.shape
     q, k = q.to(torch.int64), k.to(torch.int64)
@@ -128,7 +128,7 @@ def _runs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _match_runs(
     q: Tensor, k: Tensor, successor: Successor, max_length: int | None, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Run granularity for one stream ``[t]`` (semantics 2.1): as :func:`_match_tokens`."""
+    """Run granularity for one stream ``[t]`` (semantics 2.1): as `_match_tokens`."""
     position = torch.zeros((1 + bits, len(q)), dtype=torch.int64, device=q.device)
     length = torch.zeros_like(position)
     query_runs, _, run_of_query = _runs(q)

@@ -78,7 +78,7 @@ def check_values(
 
 
 def gpu_kernels(v: Tensor, e0: Tensor, bits: int) -> ModuleType | None:
-    """The fused CUDA kernels (:mod:`rosakit.cuda.credit`) where they take such tensors."""
+    """The fused CUDA kernels (`rosakit.cuda.credit`) where they take such tensors."""
     if not v.is_cuda or not cuda.available():
         return None
     from rosakit.cuda import credit
@@ -104,7 +104,7 @@ def retrieve_forward(
     bits: int,
     unmatched: str,
 ) -> Tensor:
-    """The forward of :func:`retrieve` in plain torch."""
+    """The forward of `retrieve` in plain torch."""
     position = rows.effective_position(position, unmatched)
     dtype = v.dtype
     y = torch.where(read_bits(v, position, bits), e1.to(dtype), e0.to(dtype))
@@ -123,7 +123,7 @@ def retrieve_backward(
     bits: int,
     unmatched: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`retrieve_forward`: ``dv [B, T, C]``, ``de0``, ``de1``, ``de_null [C]``.
+    """Gradients of `retrieve_forward`: ``dv [B, T, C]``, ``de0``, ``de1``, ``de_null [C]``.
 
     ``dv[tau, c] = p (1 - p) * sum of theta[t, c] over t with position(t) == tau`` with
     ``p = sigmoid(v)`` and ``theta = grad * (e1 - e0)`` (semantics 3.1).
@@ -153,7 +153,7 @@ def read(
     bits: int,
     unmatched: str,
 ) -> Tensor:
-    """:func:`retrieve_forward`, fused on a GPU."""
+    """`retrieve_forward`, fused on a GPU."""
     kernels = gpu_kernels(v, e0, bits)
     if kernels is None:
         return retrieve_forward(v, position, e0, e1, e_null, bits, unmatched)

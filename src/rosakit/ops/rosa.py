@@ -78,7 +78,7 @@ def rosa(
         estimator: how gradients flow; see ``rosakit.ops.estimators.names()``.
         unmatched: what a position without match reads: "zero", "self" (its own value) or "null".
         e_null: ``[C]``, the learned vector of ``unmatched="null"``.
-        granularity: "token" or "run"; see :func:`rosakit.ops.suffix_match`.
+        granularity: "token" or "run"; see `rosakit.ops.suffix_match`.
         successor: "available" or "strict"; run granularity only.
         max_length: longer matches count as this long.
         min_length: a shorter best match is no match.
@@ -88,7 +88,7 @@ def rosa(
         document_ids: ``[B, T]``, a number a document, negative at padding.
         segment_starts: ``[B, T]``, the resolved form of the four above; give at most one.
         backend: "auto", "cpu", "cuda" or "oracle".
-        return_match: also return the :class:`Match` that was read.
+        return_match: also return the `Match` that was read.
         **estimator_options: options of the estimator.
 
     Returns:

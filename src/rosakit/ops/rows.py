@@ -18,7 +18,7 @@ def to_rows(x: Tensor, bits: int) -> Tensor:
 
 
 def from_rows(rows: Tensor, batch: int, length: int) -> Tensor:
-    """``[B * R * T, M]`` to ``[B, T, C]``: the inverse of :func:`to_rows`."""
+    """``[B * R * T, M]`` to ``[B, T, C]``: the inverse of `to_rows`."""
     bits = rows.shape[1]
     return rows.view(batch, -1, length, bits).transpose(1, 2).reshape(batch, length, -1)
 

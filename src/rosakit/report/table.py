@@ -16,7 +16,7 @@ def result_table(result: EvaluationResult, kind: str | None = None) -> Table:
 
     Args:
         result: what was measured.
-        kind: another kind of held-out text (see :class:`VariantResult`); None for the first.
+        kind: another kind of held-out text (see `VariantResult`); None for the first.
     """
     rows = {name: _perplexity(variant, kind) for name, variant in result.variants.items()}
     labels = list(dict.fromkeys(label for row in rows.values() for label in row.ppl_by_position))

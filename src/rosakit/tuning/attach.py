@@ -41,7 +41,7 @@ def attach(model: Any, config: RosaConfig) -> Any:
 
     Everything is added beside the model's own modules: ``decoder_layer.rosa`` holds an adapter,
     ``model.rosa`` the token route; hooks connect them. No weight of the model changes and
-    `requires_grad` is left alone (see :func:`freeze_base`). With ``token_route=False`` the logits
+    `requires_grad` is left alone (see `freeze_base`). With ``token_route=False`` the logits
     start out as those of the windowed model, bit for bit in float32.
 
     Args:
@@ -54,7 +54,7 @@ def attach(model: Any, config: RosaConfig) -> Any:
     Raises:
         UnsupportedModelError: its attention cannot be windowed, or an option does not fit it.
         InvalidInputError: options that do not fit its sizes; already attached.
-        InvalidTypeError: not a transformers model, or not a :class:`RosaConfig`.
+        InvalidTypeError: not a transformers model, or not a `RosaConfig`.
     """
     if not isinstance(config, RosaConfig):
         raise InvalidTypeError(f"attach needs a RosaConfig, got {type(config).__name__}")
@@ -106,7 +106,7 @@ def attach(model: Any, config: RosaConfig) -> Any:
 
 
 def detach(model: Any) -> Any:
-    """Undo :func:`attach`: the model is exactly what it was before.
+    """Undo `attach`: the model is exactly what it was before.
 
     Returns:
         The same model.
@@ -133,12 +133,12 @@ def detach(model: Any) -> Any:
 
 
 def is_attached(model: Any) -> bool:
-    """Whether :func:`attach` was called on this model."""
+    """Whether `attach` was called on this model."""
     return isinstance(getattr(model, "_modules", {}).get("rosa"), RosaController)
 
 
 def controller_of(model: Any) -> RosaController:
-    """What :func:`attach` left at ``model.rosa``.
+    """What `attach` left at ``model.rosa``.
 
     Raises:
         InvalidInputError: the model is not attached.
@@ -192,7 +192,7 @@ def record_matches(model: Any) -> Iterator[list[RosaContext]]:
     """Collect the context of every forward pass inside the block, with the adapters' matches.
 
     Yields:
-        A list that grows by one :class:`~rosakit.layers.RosaContext` a forward pass; its `matches`
+        A list that grows by one `rosakit.layers.RosaContext` a forward pass; its `matches`
         hold the hard match of each layer.
     """
     controller = controller_of(model)

@@ -1,7 +1,7 @@
 """The attention function that transformers calls for an attached model.
 
 It is registered with both `AttentionInterface` and `AttentionMaskInterface`. The mask half returns
-None: masks follow from the positions of the forward pass (:mod:`rosakit.tuning.window`), so no
+None: masks follow from the positions of the forward pass (`rosakit.tuning.window`), so no
 ``[T, T]`` tensor is built for layers that do not need one.
 """
 
@@ -21,7 +21,7 @@ NAME = "rosakit_window"
 """Name of the attention implementation while a model is attached."""
 
 ATTRIBUTE = "rosa_window"
-"""Attribute of an attention module that holds its :class:`LayerWindow`."""
+"""Attribute of an attention module that holds its `LayerWindow`."""
 
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask", "cache")
 

@@ -2,8 +2,8 @@
 
 A windowed layer keeps the sinks, the last ``W - 1`` tokens of each row, and a small reserve for
 rollbacks. Which slots those are is the same for all layers, so one
-:class:`~rosakit.tuning.retention.WindowIndex` per cache decides, once a forward pass, and the
-layers follow. One more layer at the end of the cache, :class:`RosaCacheLayer`, carries that
+`rosakit.tuning.retention.WindowIndex` per cache decides, once a forward pass, and the
+layers follow. One more layer at the end of the cache, `RosaCacheLayer`, carries that
 index and rosakit's streaming states through everything that generation does to a cache.
 """
 

@@ -98,7 +98,7 @@ def save_adapter(
     Args:
         model: an attached model.
         directory: created if needed; an older checkpoint in it is replaced in one step.
-        tensors: full tensors under the names of :func:`rosa_parameters`, where the model's own
+        tensors: full tensors under the names of `rosa_parameters`, where the model's own
             parameters are sharded over processes; None to read them from the model.
 
     Returns:
@@ -149,7 +149,7 @@ def save_adapter(
 
 
 def load_adapter(model: Any, directory: str | os.PathLike[str], *, any_base: bool = False) -> Any:
-    """Load what :func:`save_adapter` wrote, attaching the model first if it is not.
+    """Load what `save_adapter` wrote, attaching the model first if it is not.
 
     Nothing of the model changes unless the whole checkpoint is sound.
 
@@ -247,7 +247,7 @@ def _config(path: Path, description: dict[str, Any]) -> RosaConfig:
 def check_base(
     path: Path, expected: Mapping[str, Any], model: Any, *, any_base: bool = False
 ) -> None:
-    """Compare a stored :func:`fingerprint` with a model.
+    """Compare a stored `fingerprint` with a model.
 
     Raises:
         CheckpointError: another architecture or other sizes; other weights, unless `any_base`.

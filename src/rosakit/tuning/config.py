@@ -132,7 +132,7 @@ class RosaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RosaConfig:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of `to_dict`.
 
         Raises:
             InvalidInputError: a key that is no field (the message names the nearest one).
@@ -146,7 +146,7 @@ class RosaConfig:
 
     @classmethod
     def from_json(cls, text: str) -> RosaConfig:
-        """The inverse of :meth:`to_json`.
+        """The inverse of `to_json`.
 
         Raises:
             InvalidInputError: text that is no JSON object, or an unknown key.

@@ -35,7 +35,7 @@ class RosaController(nn.Module):
 
     Attributes:
         original_attention: the attention implementation to restore, None without a window.
-        recorder: a list that collects the :class:`~rosakit.layers.RosaContext` of every forward
+        recorder: a list that collects the `rosakit.layers.RosaContext` of every forward
             pass, with the adapters' matches, or None.
     """
 

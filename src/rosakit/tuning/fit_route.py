@@ -109,7 +109,7 @@ def fit_features(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> RouteFit:
-    """Train a token route on given features; see :func:`fit_token_route` for the arguments.
+    """Train a token route on given features; see `fit_token_route` for the arguments.
 
     The route starts from where it is, and its random start is its own: two routes trained with
     one seed see the same batches in the same order.

@@ -31,7 +31,7 @@ def match_health(
     Args:
         match: position and length int32 ``[B, R, T]``, cf_position ``[B, R, T, M]`` or None.
         input_ids: ``[B, T]``.
-        segment_starts: int32 ``[B, T]`` or None (see :mod:`rosakit.ops.segments`).
+        segment_starts: int32 ``[B, T]`` or None (see `rosakit.ops.segments`).
         window: attention window in tokens, or None.
         granularity: "token" has a key token right before the read position.
 

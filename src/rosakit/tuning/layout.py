@@ -58,7 +58,7 @@ def segments_of(
         mask: ``[B, T]`` or None.
         position_ids: ``[B or 1, T]`` or None.
         documents: ``[B, T]`` document numbers, negative at padding, or None.
-        packed: what :func:`is_packed` said, or True with `documents`.
+        packed: what `is_packed` said, or True with `documents`.
     """
     real = None if mask is None or bool(mask.all()) else mask != 0
     padding = None if real is None else segments.from_attention_mask(real)

@@ -77,12 +77,12 @@ def save_lora(model: nn.Module, folder: Path, *, rank: int, alpha: float | None)
 
 
 def load_lora(model: nn.Module, folder: Path, *, any_base: bool = False) -> None:
-    """Restore what :func:`save_lora` wrote, adding LoRA where the model has none yet.
+    """Restore what `save_lora` wrote, adding LoRA where the model has none yet.
 
     Args:
         model: the base model, with or without LoRA.
         folder: where the parameters are.
-        any_base: see :func:`rosakit.tuning.checkpoint.load_adapter`.
+        any_base: see `rosakit.tuning.checkpoint.load_adapter`.
 
     Raises:
         CheckpointError: missing, changed or unreadable files, or parameters of another model.

@@ -114,7 +114,7 @@ class LossModel(nn.Module):
         head: its output embedding, or None to go through the model's own forward pass.
 
     Attributes:
-        observe: compute :attr:`health` in the next forward passes.
+        observe: compute `health` in the next forward passes.
         health: health metrics of the last observed forward pass.
     """
 

@@ -152,7 +152,7 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         count: number of items; None for one pass over the data.
         shuffle: False keeps documents and blocks in order.
         shrink: lower the length to the tokens there are, instead of refusing too little data.
-        progress: see :func:`tokenize`.
+        progress: see `tokenize`.
 
     Attributes:
         tokens: tokens of one pass.

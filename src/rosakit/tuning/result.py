@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 RUN_FILE = "tune.json"
-"""The run's :class:`TuneConfig`, which names the base model."""
+"""The run's `TuneConfig`, which names the base model."""
 
 
 def set_trainable(model: Any) -> None:
@@ -77,7 +77,7 @@ def load_trained(
         model: the base model, plain or with what is to be loaded.
         folder: a result or a checkpoint.
         config: the run, which says what the folder must hold; None to read it there.
-        any_base: see :func:`rosakit.tuning.checkpoint.load_adapter`.
+        any_base: see `rosakit.tuning.checkpoint.load_adapter`.
 
     Raises:
         CheckpointError: a part of the run is missing, left over or corrupt, or of another model.
@@ -135,7 +135,7 @@ def load_result(
         base: base model to use instead of the one that the run names (moved, renamed).
         dtype: "float32", "bfloat16" or "auto"; None for the run's own.
         device: "cpu", "cuda", … or "auto"; None for the run's own.
-        any_base: see :func:`rosakit.tuning.checkpoint.load_adapter`.
+        any_base: see `rosakit.tuning.checkpoint.load_adapter`.
 
     Returns:
         ``(model, tokenizer, the run's configuration)``.
@@ -172,8 +172,8 @@ def load_any(
     """``(model, tokenizer)`` of a training result, a saved adapter, or a plain model.
 
     Args:
-        name: output folder of a run, folder of :func:`rosakit.save_adapter`, or whatever
-            :func:`rosakit.tuning.sources.load_model` takes.
+        name: output folder of a run, folder of `rosakit.save_adapter`, or whatever
+            `rosakit.tuning.sources.load_model` takes.
         base: base model of a result, if it has moved; of an adapter, always.
         dtype: "float32", "bfloat16" or "auto".
         device: "cpu", "cuda", … or "auto".

@@ -56,7 +56,7 @@ class WindowIndex:
     Args:
         window: W, the current token included; None if no layer is windowed.
         sink_tokens: S.
-        reserve: tokens held for rollbacks; None for :data:`RESERVE`.
+        reserve: tokens held for rollbacks; None for `RESERVE`.
 
     Attributes:
         length: positions seen, padding included.
@@ -272,7 +272,7 @@ class WindowIndex:
         return tokens
 
     def cropped(self, tokens: int) -> WindowIndex:
-        """The index after a crop, whose :meth:`retain` maps the layers' states."""
+        """The index after a crop, whose `retain` maps the layers' states."""
         after = WindowIndex(self.window, self.sinks, self.reserve)
         after.record_past, after.plain = self.record_past, self.plain
         after.length = self.length - tokens

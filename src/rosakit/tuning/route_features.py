@@ -118,7 +118,7 @@ def tapped(model: Any) -> Iterator[list[Tapped]]:
     """Inside the block the model's token route is silent and its inputs are collected.
 
     Yields:
-        A list that grows by one :class:`Tapped` a forward pass. The candidates are the retrieved
+        A list that grows by one `Tapped` a forward pass. The candidates are the retrieved
         ones, also if the route is a control.
 
     Raises:
@@ -205,7 +205,7 @@ def label_log_prob(route: TokenRoute, features: RouteFeatures) -> Tensor:
 
 @torch.no_grad()
 def label_scores(route: TokenRoute, features: RouteFeatures) -> tuple[Tensor, Tensor]:
-    """:func:`label_log_prob`, and whether each label is the most probable token, bool ``[N]``."""
+    """`label_log_prob`, and whether each label is the most probable token, bool ``[N]``."""
     gated = _gate(route, features)
     label = features.label[:, None]
     scored = gated.score(label, features.label_log_p[:, None])[:, 0]

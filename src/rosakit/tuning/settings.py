@@ -131,7 +131,7 @@ class TuneConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TuneConfig:
-        """The inverse of :meth:`to_dict`; missing fields keep their defaults.
+        """The inverse of `to_dict`; missing fields keep their defaults.
 
         Raises:
             InvalidInputError: an unknown field (the message names the nearest one).
@@ -141,7 +141,7 @@ class TuneConfig:
 
 
 def load_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a YAML file with the fields of a :class:`TuneConfig`, without checking them.
+    """Read a YAML file with the fields of a `TuneConfig`, without checking them.
 
     Raises:
         InvalidInputError: no such file, or one that holds no mapping.

@@ -98,7 +98,7 @@ def load_model(
 
 
 def load_tokenizer(model: str | os.PathLike[str], *, gguf_file: str | None = None) -> Any:
-    """The tokenizer of :func:`load_model` alone, with the same arguments and errors."""
+    """The tokenizer of `load_model` alone, with the same arguments and errors."""
     return _tokenizer(*_locate(model, gguf_file))
 
 

@@ -38,14 +38,14 @@ _STAGING = ".partial"
 
 
 class RosaTrainer(Trainer):  # type: ignore[misc]
-    """Trainer of a :class:`LossModel`.
+    """Trainer of a `LossModel`.
 
     Args:
         model: the model with its loss; exactly its trainable parameters are optimised and stored.
         config: the run.
         steps: optimizer steps in total.
         train_blocks, eval_blocks: data sets of equally long blocks, in the order of use.
-        identity: what a checkpoint must agree on to be resumed (see :func:`verify_checkpoint`).
+        identity: what a checkpoint must agree on to be resumed (see `verify_checkpoint`).
         callbacks: further callbacks.
 
     Attributes:
@@ -271,7 +271,7 @@ class _Observe(TrainerCallback):  # type: ignore[misc]
 
 
 class StopCallback(TrainerCallback):  # type: ignore[misc]
-    """Stops after the running step, with a checkpoint, once :attr:`asked` is set."""
+    """Stops after the running step, with a checkpoint, once `asked` is set."""
 
     def __init__(self) -> None:
         self.asked = False

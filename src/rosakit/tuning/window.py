@@ -43,7 +43,7 @@ def positions(length: int, segment_starts: Tensor | None, device: torch.device) 
 
     Args:
         length: T.
-        segment_starts: int32 ``[B, T]`` (see :mod:`rosakit.ops.segments`), None for plain rows.
+        segment_starts: int32 ``[B, T]`` (see `rosakit.ops.segments`), None for plain rows.
     """
     index = torch.arange(length, device=device, dtype=torch.int32)[None]
     if segment_starts is None:

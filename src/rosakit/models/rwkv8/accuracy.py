@@ -84,7 +84,7 @@ def evaluate(
 
     Args:
         model: a model of the task's vocabulary.
-        task: from :func:`rosakit.models.rwkv8.tasks.make`.
+        task: from `rosakit.models.rwkv8.tasks.make`.
         seed: of the questions; the demo's by default.
         show: called with every batch and its predictions ``[B, T - 1]``.
 

@@ -1,7 +1,7 @@
 """The published RWKV-8 ROSA models: counting, RWKV-7 + ROSA, and pure ROSA language models.
 
 All take ``tokens: int64 [B, T]`` to ``logits [B, T, V]``, and in recurrent mode the next tokens of
-a :class:`~rosakit.models.rwkv8.state.State`. Parameters carry the published tensor names, so a
+a `rosakit.models.rwkv8.state.State`. Parameters carry the published tensor names, so a
 state dict of one is a checkpoint of the other.
 """
 
@@ -60,10 +60,10 @@ class RosaModel(nn.Module):
 
         Args:
             tokens: int64 ``[B]``, or ``[B, n]`` for n tokens at once (prefill).
-            state: from :meth:`init_state`.
+            state: from `init_state`.
 
         Returns:
-            Logits ``[B, V]`` or ``[B, n, V]``, equal to those of :meth:`forward` on everything
+            Logits ``[B, V]`` or ``[B, n, V]``, equal to those of `forward` on everything
             that the state has seen, up to rounding.
 
         Raises:
@@ -101,7 +101,7 @@ class RosaModel(nn.Module):
         Args:
             name: one of ``rosakit.ops.estimators.names()``.
             options: keyword options of that estimator.
-            backend: which engine matches, as in :func:`rosakit.ops.suffix_match`.
+            backend: which engine matches, as in `rosakit.ops.suffix_match`.
 
         Raises:
             InvalidInputError: no such estimator or option.
@@ -114,7 +114,7 @@ class RosaModel(nn.Module):
                 module.rosa_options = shared
 
     def use_wkv7(self, backend: Wkv7Backend) -> None:
-        """Choose who computes RWKV-7's recurrence: a backend of :func:`wkv7`."""
+        """Choose who computes RWKV-7's recurrence: a backend of `wkv7`."""
         for module in self.modules():
             if isinstance(module, TimeMix):
                 module.backend = backend

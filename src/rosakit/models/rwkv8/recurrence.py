@@ -94,7 +94,7 @@ def wkv7(
 def wkv7_reference(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The definition above, one position at a time; arguments as in :func:`wkv7`."""
+    """The definition above, one position at a time; arguments as in `wkv7`."""
     w = log_w.exp()
     outputs = []
     for t in range(r.shape[1]):
@@ -119,7 +119,7 @@ def wkv7_chunked(
     state: Tensor,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """The chunked form of the module's text; arguments as in :func:`wkv7`."""
+    """The chunked form of the module's text; arguments as in `wkv7`."""
     batch, length, heads, size = r.shape
     if length == 0:
         return torch.zeros_like(v), state
@@ -176,7 +176,7 @@ def wkv7_chunked(
 def wkv7_fla(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """flash-linear-attention's Triton kernel; arguments as in :func:`wkv7`, CUDA tensors.
+    """flash-linear-attention's Triton kernel; arguments as in `wkv7`, CUDA tensors.
 
     Raises:
         BackendError: flash-linear-attention is missing, or the tensors are not on a GPU.

@@ -33,7 +33,7 @@ class RosaOptions:
     Attributes:
         estimator: a name of ``rosakit.ops.estimators.names()``.
         options: keyword options of that estimator.
-        backend: as in :func:`rosakit.ops.suffix_match`.
+        backend: as in `rosakit.ops.suffix_match`.
     """
 
     def __init__(

@@ -194,7 +194,7 @@ def _run_starts(key_symbols: Tensor, segment_starts: Tensor | None) -> Tensor:
 def _credit_sources(key_symbols: Tensor, segment_starts: Tensor | None) -> Tensor:
     """For every run start the start of the next run, whose credit it takes; else -1.
 
-    The inverse of what :func:`_credited_rows` looks up, as the fused kernel wants it.
+    The inverse of what `_credited_rows` looks up, as the fused kernel wants it.
     """
     new, own = _starts_run(key_symbols, segment_starts)
     end = key_symbols.shape[-1]

@@ -80,7 +80,7 @@ def attend_naive(
         q, k: symbols made real, ``[B, R, T, M]``.
         w: values ``[B, R, T, V]``.
         null: ``[B, R, T, V]``, or None for zeros.
-        starts: int32 ``[B, T]``; see :mod:`rosakit.ops.segments`.
+        starts: int32 ``[B, T]``; see `rosakit.ops.segments`.
         seed: int64 ``[1]``, names the dropped weights.
 
     Returns:

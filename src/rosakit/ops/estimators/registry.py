@@ -13,7 +13,7 @@ from rosakit.types import Backend, Granularity, Match, Successor
 
 
 class MatchOptions(NamedTuple):
-    """How streams are matched; see :func:`rosakit.ops.suffix_match`."""
+    """How streams are matched; see `rosakit.ops.suffix_match`."""
 
     granularity: Granularity = "token"
     successor: Successor = "available"
@@ -27,7 +27,7 @@ Estimator: TypeAlias = Callable[..., tuple[Tensor, Match]]
 """``estimator(q, k, v, e0, e1, *, bits, match, unmatched, e_null, **options) -> (y, match)``.
 
 `q`, `k`, `v` and `y` are ``[B, T, C]``, `e0`, `e1` and `e_null` ``[C]``; `match` is a
-:class:`MatchOptions` on the way in and the hard :class:`~rosakit.ops.Match` on the way out.
+`MatchOptions` on the way in and the hard `rosakit.ops.Match` on the way out.
 """
 
 _SHARED = ("q", "k", "v", "e0", "e1", "bits", "match", "unmatched", "e_null")

@@ -32,7 +32,7 @@ def soft_dp(
     straight_through: bool = False,
     fused: bool | None = None,
 ) -> tuple[Tensor, Match]:
-    """Soft forward and backward; options as in :func:`rosakit.ops.estimators.softened.softened`."""
+    """Soft forward and backward; options as in `rosakit.ops.estimators.softened.softened`."""
     return softened(
         "dp",
         q,

@@ -40,7 +40,7 @@ def softened(
     """Soft matching at temperature `tau`.
 
     Args:
-        recurrence: "dp" or "scan"; see :mod:`rosakit.ops.estimators.pairwise`.
+        recurrence: "dp" or "scan"; see `rosakit.ops.estimators.pairwise`.
         q, k, v: ``[B, T, C]``.
         e0, e1: ``[C]``.
         tau: temperature, > 0. None: the hard forward of semantics section 2, whose only gradients

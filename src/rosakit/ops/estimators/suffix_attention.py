@@ -45,7 +45,7 @@ def suffix_attention(
 
     Args:
         q, k: ``[B, T, C]``.
-        v: ``[B, T, C]``; see :func:`share_values` for value heads that several routes read.
+        v: ``[B, T, C]``; see `share_values` for value heads that several routes read.
         e0, e1: ``[C]``; their gradients are those of the hard forward.
         mismatch_scale: how fast evidence decays with mismatched bits.
         scale: sharpness of the surrogate's softmax.

@@ -20,7 +20,7 @@ def attend(
     seed: Tensor | None = None,
     fused: bool | None = None,
 ) -> Tensor:
-    """:func:`attend_naive` by the fastest way that is there.
+    """`attend_naive` by the fastest way that is there.
 
     Args:
         fused: True: the kernels or an error; False: the dense form; None: the kernels on CUDA.
