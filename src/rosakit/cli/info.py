@@ -12,7 +12,7 @@ __all__ = ["collect", "show"]
 
 _PACKAGES = (
     *("rosakit", "torch", "numpy", "transformers", "peft", "accelerate", "datasets"),
-    *("safetensors", "gguf", "lm-eval", "triton", "cuda-core"),
+    *("safetensors", "gguf", "lm-eval", "triton", "cuda-bindings"),
 )
 
 
