@@ -115,10 +115,12 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the needles.")] = 0,
 ) -> None:
     """Measure a trained model against full attention, bare windows and its control."""
+    from rich.console import Console
+
     from rosakit.cli.evaluation import publish
     from rosakit.errors import InvalidInputError
+    from rosakit.evaluate.progress import showing
     from rosakit.evaluate.runs import evaluate_runs
-    from rosakit.tuning.progress import stages
 
     if output is not None:  # before anything is measured: a folder that cannot be written shows
         try:
@@ -127,7 +129,7 @@ def evaluate(
             raise InvalidInputError(
                 f"cannot write results into {output}: {error.strerror}; choose another --output"
             ) from error
-    with stages() as progress:
+    with showing(Console(stderr=True, highlight=False)) as progress:
         result = evaluate_runs(
             run,
             control=control,

@@ -16,6 +16,8 @@ from torch import Tensor
 from rosakit import native, symbols
 from rosakit.errors import InvalidInputError
 from rosakit.layers.token_match import TokenCandidates
+from rosakit.ops.retrieve import values_of_bits
+from rosakit.ops.rows import channel_mask
 from rosakit.types import NO_MATCH, Match
 
 if TYPE_CHECKING:
@@ -113,7 +115,9 @@ class AdapterState:
             if adapter.address == "learned"
             else None
         )
-        self.values = History(batch, adapter.routes, symbols.symbol_dtype(adapter.bits), device)
+        # torch neither gathers nor scatters uint16, so wide symbols are kept in int32.
+        dtype = torch.uint8 if adapter.bits <= 8 else torch.int32
+        self.values = History(batch, adapter.routes, dtype, device)
 
     @property
     def nbytes(self) -> int:
@@ -143,19 +147,14 @@ class AdapterState:
             v: ``[B, n, C]``.
             match: positions ``[B, R, n]`` (or ``[B, 1, n]``, shared by the routes).
         """
-        packed = symbols.pack(v, self.bits)
+        packed = symbols.pack(v, self.bits).to(self.values.table.dtype)
         own = self.values.append(packed, mask)
         position = match.position.expand(-1, self.routes, -1).to(torch.int64)
-        matched = position >= 0
         if self.unmatched == "self":
-            position = torch.where(matched, position, own[:, None])
+            position = torch.where(position >= 0, position, own[:, None])
         read = self.values.read(position.clamp(min=0))
         value = symbols.unpack(read, self.bits)
-        y = torch.where(value, e1.to(v.dtype), e0.to(v.dtype))
-        if self.unmatched == "self":
-            return y
-        fill = y.new_zeros(()) if e_null is None else e_null.to(v.dtype)
-        return torch.where(matched.repeat_interleave(self.bits, 1).transpose(1, 2), y, fill)
+        return values_of_bits(value, channel_mask(position, self.bits), e0, e1, e_null, v.dtype)
 
     def select(self, rows: Tensor) -> None:
         if self.memory is not None:

@@ -106,12 +106,32 @@ def retrieve_forward(
 ) -> Tensor:
     """The forward of `retrieve` in plain torch."""
     position = rows.effective_position(position, unmatched)
-    dtype = v.dtype
-    y = torch.where(read_bits(v, position, bits), e1.to(dtype), e0.to(dtype))
-    if unmatched != "self":
-        fill = y.new_zeros(()) if e_null is None else e_null.to(dtype)
-        y = torch.where(rows.channel_mask(position, bits), y, fill)
+    value = read_bits(v, position, bits)
+    y = values_of_bits(value, rows.channel_mask(position, bits), e0, e1, e_null, v.dtype)
     return y.contiguous()  # what the fake kernel promises, and what the next product wants
+
+
+def values_of_bits(
+    value: Tensor,
+    matched: Tensor,
+    e0: Tensor,
+    e1: Tensor,
+    e_null: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``y = e0 + (e1 - e0) * value`` where matched, else `e_null` or zero (semantics 2).
+
+    Args:
+        value: bool ``[B, T, C]``, the bits read.
+        matched: bool ``[B, T, C]``; all true where a null reads its own value.
+        e0: ``[C]``.
+        e1: ``[C]``.
+        e_null: ``[C]`` or None.
+        dtype: of the result ``[B, T, C]``.
+    """
+    y = torch.where(value, e1.to(dtype), e0.to(dtype))
+    fill = y.new_zeros(()) if e_null is None else e_null.to(dtype)
+    return torch.where(matched, y, fill)
 
 
 def retrieve_backward(

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["LiveCallback", "counting", "health_line", "stages"]
+__all__ = ["LiveCallback", "counting", "health_line"]
 
 _LABELS = {
     "match_rate": "match",
@@ -77,21 +77,6 @@ def counting(what: str, show: bool) -> Iterator[Callable[[int, int], None] | Non
     task = bar.add_task(what, total=None)
     with bar:
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def stages() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar for work in named stages that reports (what, done, total); None outside a terminal."""
-    console = _console()
-    if not console.is_terminal:
-        yield None
-        return
-    bar = _bar(console, "{task.description}")
-    task = bar.add_task("starting", total=None)
-    with bar:
-        yield lambda what, done, total: bar.update(
-            task, description=what, completed=done, total=total
-        )
 
 
 class LiveCallback(TrainerCallback):  # type: ignore[misc]

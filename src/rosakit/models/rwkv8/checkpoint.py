@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rosakit.errors import CheckpointError
+from rosakit.files import atomic_write
 
 WEIGHTS = "model.safetensors"
 """Name of the weights in the folder that training writes."""
@@ -142,17 +143,15 @@ def write(model: nn.Module, path: str | os.PathLike[str], metadata: dict[str, st
     if target.suffix != ".safetensors":
         raise CheckpointError(f"models are saved as .safetensors, got {target.name}")
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save as serialize
     except ImportError:
         raise CheckpointError(
             f"writing {target} needs safetensors: pip install safetensors"
         ) from None
     tensors = {name: x.detach().contiguous().cpu() for name, x in model.state_dict().items()}
-    part = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata=metadata)
-        os.replace(part, target)
+        atomic_write(target, serialize(tensors, metadata=metadata))
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error}") from error
     return target
