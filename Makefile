@@ -8,7 +8,7 @@ TEST_FLAGS ?=
 
 SOURCES := CMakeLists.txt README.md $(shell find src cpp -name '*.py' -o -name '*.?pp' -o -name '*.cu*')
 
-.PHONY: help demo test lint types pytest docs bench clean
+.PHONY: help demo test lint types cpp pytest docs bench clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -28,7 +28,7 @@ $(VENV)/.rosakit: $(VENV)/.python $(SOURCES)
 demo: $(VENV)/.rosakit  ## window against window + ROSA on SmolLM2-135M, in minutes
 	$(BIN)/python -m rosakit.demo $(DEMO_FLAGS)
 
-test: lint types pytest  ## everything that CI runs
+test: lint types cpp pytest  ## everything that CI runs
 
 lint: $(VENV)/.rosakit
 	$(BIN)/ruff check .
@@ -36,6 +36,14 @@ lint: $(VENV)/.rosakit
 
 types: $(VENV)/.rosakit
 	$(BIN)/mypy
+
+# The suite needs doctest (apt-get install doctest-dev); without it only the comparison with the
+# definition runs, and says so.
+cpp: $(VENV)/.python  ## build and run the tests of the C++ core
+	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DROSAKIT_PYTHON=OFF -DROSAKIT_TESTS=ON
+	$(BIN)/cmake --build build/cpp
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure
 
 # Two processes of one thread each beat one process of two on small tensors.
 pytest: $(VENV)/.rosakit
