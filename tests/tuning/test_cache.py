@@ -13,6 +13,7 @@ from rosakit.errors import InvalidInputError
 from rosakit.tuning import retention
 from rosakit.tuning.cache import SinkWindowLayer
 from rosakit.tuning.retention import WindowIndex
+from rosakit.tuning.window import visible
 from tests.tuning.tiny import FAMILIES, attached, build, pad_rows, positions_of, tokens
 
 RESERVE = 5
@@ -119,7 +120,7 @@ def test_padding_between_turns_leaves_no_trace():
             for i in range(2):
                 alone = model(torch.cat([first[i], second[i]])[None], use_cache=False).logits[0]
                 torch.testing.assert_close(got[i][mask[i] != 0], alone, atol=3e-5, rtol=1e-4)
-    assert cache.layers[0].keys.shape[2] <= 9 - 1 + 3 + RESERVE
+    assert cache.layers[0].keys.shape[2] <= 9 + 3 + RESERVE
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -132,7 +133,7 @@ def test_the_cache_holds_sinks_and_window_only(padded):
     with torch.no_grad():
         _, cache = in_chunks(model, ids, [25] + [1] * 35, mask)
     held = [layer.keys.shape[2] for layer in cache.layers[:3]]
-    assert held == [11 + RESERVE, 60, 11 + RESERVE]
+    assert held == [12 + RESERVE, 60, 12 + RESERVE]
     assert cache.get_seq_length() == 60
 
 
@@ -201,7 +202,7 @@ def test_crop_with_recorded_past_goes_back_exactly(padded):
         )
         cache.crop(-extra)
         assert cache.get_seq_length() == 30
-        assert cache.layers[0].keys.shape[2] == 11 + RESERVE
+        assert cache.layers[0].keys.shape[2] == 12 + RESERVE
         for start, stop in ((30, 31), (31, 50)):
             got = model(
                 ids[:, start:stop],
@@ -263,7 +264,7 @@ def test_crop_beyond_the_window_is_refused_and_changes_nothing(padded):
         wanted, _ = in_chunks(model, ids, [41], mask)
         _, cache = in_chunks(model, ids, [40], mask)
         with pytest.raises(InvalidInputError, match="activate_past_recording"):
-            cache.crop(-1 - RESERVE)
+            cache.crop(-2 - RESERVE)
         with pytest.raises(InvalidInputError, match="pass a negative number"):
             cache.crop(5)
         with pytest.raises(InvalidInputError, match="holds 40 tokens only"):
@@ -277,26 +278,34 @@ def test_crop_beyond_the_window_is_refused_and_changes_nothing(padded):
     torch.testing.assert_close(got, wanted[:, 40:], atol=3e-5, rtol=1e-4)
 
 
-def test_index_keeps_what_the_rule_needs_at_every_step():
-    """Random chunks with random padding: the held slots are exactly what the next query sees."""
-    generator = torch.Generator().manual_seed(0)
-    for window, sinks in ((1, 0), (1, 2), (4, 0), (4, 3)):
-        index = WindowIndex(window, sinks)
-        for _ in range(40):
-            size = int(torch.randint(1, 6, (), generator=generator))
-            mask = torch.rand(3, size, generator=generator) < 0.7
-            index.advance(mask, size, torch.device("cpu"))
-            counts = index.counts()
-            assert counts is not None
-            assert index.rank is not None
-            assert index.held <= sinks + window - 1 + RESERVE
-            for row in range(3):
-                n = int(counts[row])
-                needed = {r for r in range(n) if r < sinks or r > n - window}
-                seen = index.rank[row, max(0, index.held - index.visible) :]
-                assert needed <= {r for r in seen.tolist() if r >= 0}
-                behind = {r for r in range(n) if r > n - window - RESERVE}
-                assert {r for r in index.rank[row].tolist() if r >= 0} <= needed | behind
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("window,sinks", [(1, 0), (1, 2), (4, 0), (4, 3), (7, 2)])
+def test_layers_hold_and_show_what_the_rule_needs_at_every_step(window, sinks, padded):
+    """Random chunks, padding and rollbacks, with keys that say which token they are."""
+    generator = torch.Generator().manual_seed(window + 10 * sinks)
+    index, rows = WindowIndex(window, sinks), 3
+    layer, counts = SinkWindowLayer(index), torch.zeros(3, dtype=torch.int64)
+    for step in range(120):
+        size = int(torch.randint(1, 6, (), generator=generator)) if step % 3 else 1
+        mask = torch.rand(rows, size, generator=generator) < 0.7 if padded and step % 4 else None
+        real = torch.ones(rows, size, dtype=torch.int64) if mask is None else mask.long()
+        rank = counts[:, None] + real.cumsum(1) - 1
+        query, shown, _, clear = index.advance(mask, size, torch.device("cpu"))
+        states = torch.where(real > 0, rank + 1, -1)[:, None, :, None].float()
+        keys, _ = layer.update(states, states)
+        seen = visible(query, shown(), window, sinks).expand(rows, -1, -1)
+        for row in range(rows):
+            for i in (real[row] > 0).nonzero().flatten().tolist():
+                r = int(rank[row, i])
+                wanted = {x for x in range(r + 1) if x < sinks or x > r - window}
+                got = keys[row, 0, :, 0] if clear else keys[row, 0, seen[row, i], 0]
+                assert sorted(got.long().tolist()) == sorted(x + 1 for x in wanted)
+        counts = counts + real.sum(1)
+        assert layer.keys.shape[2] <= max(64, sinks + window + RESERVE)
+        if step % 7 == 6 and index.valid is None:
+            layer.crop(-1)
+            index.__dict__.update(index.cropped(1, torch.device("cpu")).after.__dict__)
+            counts = counts - 1
 
 
 def test_deepcopy_and_pickle_of_a_cache_continue_alike():
@@ -346,3 +355,23 @@ def test_lazily_built_caches_work():
         out = model(ids, past_key_values=DynamicCache())
         torch.testing.assert_close(out.logits, model(ids, use_cache=False).logits)
     assert isinstance(out.past_key_values.layers[0], SinkWindowLayer)
+
+
+def test_a_cache_filled_in_inference_mode_goes_on_outside_of_it():
+    model, ids = attached(**WHOLE), tokens(1, 30)
+    with torch.inference_mode():
+        _, cache = in_chunks(model, ids, [20, 1])
+    with torch.no_grad():
+        got = model(ids[:, 21:22], past_key_values=cache).logits
+        wanted = model(ids[:, :22], use_cache=False).logits[:, 21:]
+    torch.testing.assert_close(got, wanted, atol=3e-5, rtol=1e-4)
+
+
+def test_gradients_flow_through_a_cache():
+    """Single steps with gradients: what an earlier step saw is not overwritten."""
+    model, ids = attached(adapters=False, sink_tokens=2, window=3), tokens(1, 12)
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    wanted = torch.autograd.grad(model(ids, use_cache=False).logits.square().sum(), weight)[0]
+    logits, _ = in_chunks(model, ids, [5] + [1] * 7)
+    got = torch.autograd.grad(logits.square().sum(), weight)[0]
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)

@@ -111,7 +111,7 @@ def test_memory_stays_bounded_over_a_long_generation():
         eos_token_id=None,
         return_dict_in_generate=True,
     )
-    assert {layer.keys.shape[2] for layer in out.past_key_values.layers[:3]} == {11 + RESERVE}
+    assert {layer.keys.shape[2] for layer in out.past_key_values.layers[:3]} == {12 + RESERVE}
 
 
 @torch.no_grad()

@@ -161,7 +161,7 @@ def starts_of(kind: str, batch: int, length: int) -> torch.Tensor | None:
 def test_block_form_equals_dense_form(kind, window, sinks, length):
     batch, heads, groups, width = 3, 4, 2, 8
     where = positions(length, starts_of(kind, batch, length), torch.device("cpu"))
-    plan = AttentionPlan(where, where, lambda: where, plain=kind == "plain", whole=True)
+    plan = AttentionPlan(where, lambda: where, lambda: where, plain=kind == "plain", whole=True)
     torch.manual_seed(length)
     shapes = [(batch, n, length, width) for n in (heads, groups, groups)]
     q, k, v = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
@@ -186,7 +186,7 @@ def test_block_form_equals_dense_form(kind, window, sinks, length):
 
 def test_long_sequences_take_the_block_form_and_short_ones_do_not():
     where = positions(100, None, torch.device("cpu"))
-    plan = AttentionPlan(where, where, lambda: where, plain=True, whole=True)
+    plan = AttentionPlan(where, lambda: where, lambda: where, plain=True, whole=True)
     assert plan.wants_blocks(49, 4)
     assert not plan.wants_blocks(50, 4)
     assert not plan.wants_blocks(None, 0)
@@ -195,7 +195,7 @@ def test_long_sequences_take_the_block_form_and_short_ones_do_not():
 
 def test_the_block_form_never_holds_a_quadratic_mask():
     where = positions(4096, None, torch.device("cpu"))
-    plan = AttentionPlan(where, where, lambda: where, plain=True, whole=True)
+    plan = AttentionPlan(where, lambda: where, lambda: where, plain=True, whole=True)
     assert plan.blocks(64, 4).mask.numel() < 4096 * 64 * 3
 
 

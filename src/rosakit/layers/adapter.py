@@ -224,18 +224,15 @@ class RosaAdapter(nn.Module):
     ) -> tuple[Tensor, Match | None]:
         """The same numbers as a whole-sequence pass, from the state of a cache."""
         assert context.states is not None
-        state = context.states.adapter(self, v.shape[0], v.device)
+        state = context.states.adapter(self, v.shape[0])
+        match, channels = None, [v]
         if self.address == "token":
             match = self._token_match(context)
         else:
             assert self.q_proj is not None
             assert self.k_proj is not None
-            match = state.match(
-                symbols.pack(self.q_proj(u), self.bits),
-                symbols.pack(self.k_proj(u), self.bits),
-                context.mask,
-            )
-        return state.read(v, match, self.e0, self.e1, self.e_null, context.mask), match
+            channels = [self.q_proj(u), self.k_proj(u), v]
+        return state.extend(channels, match, context.mask, self.e0, self.e1, self.e_null)
 
     def extra_repr(self) -> str:
         return (

@@ -23,9 +23,11 @@ class RosaContext:
         segment_starts: int32 ``[B, T]``, see `rosakit.ops.segments`; whole sequences only.
         mask: bool ``[B, T]``, real positions of this chunk; streaming only.
         states: the streaming states when a cache is in use, else None.
-        token_match: exact token-id match of this chunk ``[B, 1, T]``, for ``address="token"``.
+        token_match: exact token-id match of this chunk ``[B, 1, T]``, for ``address="token"``; in
+            host memory when streaming.
         candidates: successor tokens of the best matches, for the token route.
-        matches: filled by the adapters when `record` is set: layer index to its hard match.
+        matches: filled by the adapters when `record` is set: layer index to its hard match
+            (in host memory when streaming).
     """
 
     input_ids: Tensor | None = None

@@ -3,25 +3,38 @@
 Rows count their own unmasked positions, so left padding leaves no trace: position ``p`` of a row
 is its ``p``-th real token. Every operation that a generation loop performs on its cache (beam
 reorder, crop, batch selection, reset) has its counterpart here.
+
+States live in host memory, beside the suffix memories that the C++ core keeps there, so the
+device holds nothing that grows with the context. A chunk costs one transfer to the host (the bits
+of q, k and v together) and one back (the value bits that were read).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from rosakit import native, symbols
 from rosakit.errors import InvalidInputError
 from rosakit.layers.token_match import TokenCandidates
-from rosakit.ops.retrieve import values_of_bits
-from rosakit.ops.rows import channel_mask
-from rosakit.types import NO_MATCH, Match
+from rosakit.types import Match
 
 if TYPE_CHECKING:
     from rosakit.layers.adapter import RosaAdapter
+
+Array = npt.NDArray[Any]
+
+_SMALL = 64
+"""Positions up to which bits are packed and unpacked on the host, where that costs less than the
+launches on a device; longer chunks pack first and move fewer bytes."""
+
+_NULL = 2
+"""What stands for "no match" among value bits."""
 
 
 class History:
@@ -31,64 +44,61 @@ class History:
         batch: B.
         width: W, entries a position.
         dtype: integer dtype.
-        device: where the table lives.
     """
 
-    def __init__(
-        self, batch: int, width: int, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
-        self.table = torch.zeros((batch, width, 0), dtype=dtype, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+    def __init__(self, batch: int, width: int, dtype: npt.DTypeLike) -> None:
+        self.table: Array = np.zeros((batch, width, 0), dtype)
+        self.lengths: Array = np.zeros(batch, np.int64)
 
     @property
     def nbytes(self) -> int:
         """Bytes reserved."""
-        return self.table.numel() * self.table.element_size()
+        return int(self.table.nbytes)
 
-    def append(self, chunk: Tensor, mask: Tensor | None) -> Tensor:
+    def append(self, chunk: Array, mask: Array | None) -> Array:
         """Add ``chunk [B, W, n]`` where ``mask [B, n]``; returns the row positions ``[B, n]``.
 
         A masked position gets the position that the next real one will have.
         """
         batch, _, n = chunk.shape
         if mask is None:
-            steps = torch.arange(n, device=chunk.device).expand(batch, n)
-            added = torch.full((batch,), n, device=chunk.device)
+            steps, added = np.arange(n)[None], np.full(batch, n)
         else:
-            real = mask.to(torch.int64)
-            steps = real.cumsum(1) - real
-            added = real.sum(1)
-        position = self.lengths[:, None] + steps
-        self._reserve(int((self.lengths + added).max()))
-        # Masked positions write to the place that the next real one overwrites; those past the
-        # last real one write beyond the row's length, into the spare last column.
-        self.table.scatter_(2, position[:, None].expand(-1, chunk.shape[1], -1), chunk)
-        if mask is not None:
-            # Several writes to one place are unordered, so the real ones are written again.
-            rows, columns = mask.nonzero(as_tuple=True)
-            self.table[rows, :, position[rows, columns]] = chunk[rows, :, columns]
-        self.lengths += added
+            steps, added = np.cumsum(mask, 1) - mask, mask.sum(1)
+        after = self.lengths + added
+        # One more than there is: a masked position at the end points past it.
+        self._reserve(int(after.max(initial=0)) + 1)
+        for row in range(batch):
+            real = chunk[row] if mask is None else chunk[row][:, mask[row]]
+            self.table[row, :, self.lengths[row] : after[row]] = real
+        position: Array = self.lengths[:, None] + steps
+        self.lengths = after
         return position
 
     def _reserve(self, length: int) -> None:
         capacity = self.table.shape[2]
-        if length + 1 > capacity:
-            grown = max(length + 1, 2 * capacity, 64)
-            extra = self.table.new_zeros((*self.table.shape[:2], grown - capacity))
-            self.table = torch.cat([self.table, extra], dim=2)
+        if length > capacity:
+            # Half as much again: a table of a long context is large.
+            grown = max(length, capacity + capacity // 2, 64)
+            table = np.zeros((*self.table.shape[:2], grown), self.table.dtype)
+            table[:, :, :capacity] = self.table
+            self.table = table
 
-    def read(self, position: Tensor) -> Tensor:
+    def read(self, position: Array) -> Array:
         """Entries at ``position [B, W, n]`` (nonnegative)."""
-        return self.table.gather(2, position)
+        batch, width, capacity = self.table.shape
+        base = np.arange(batch * width).reshape(batch, width, 1) * capacity
+        found: Array = self.table.reshape(-1)[base + position]
+        return found
 
     def select(self, rows: Tensor) -> None:
         """Keep rows in the given order (beam search)."""
-        rows = rows.to(self.table.device)
-        self.table, self.lengths = self.table[rows], self.lengths[rows]
+        order = rows.cpu().numpy()
+        self.table, self.lengths = self.table[order], self.lengths[order]
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget what lies past the given lengths ``[B]``."""
-        self.lengths = torch.minimum(self.lengths, lengths.to(self.lengths.device))
+        self.lengths = np.minimum(self.lengths, lengths.cpu().numpy())
 
 
 class AdapterState:
@@ -97,10 +107,9 @@ class AdapterState:
     Args:
         adapter: the adapter whose options the state follows.
         batch: number of rows.
-        device: device of the value history.
     """
 
-    def __init__(self, adapter: RosaAdapter, batch: int, device: torch.device | str) -> None:
+    def __init__(self, adapter: RosaAdapter, batch: int) -> None:
         self.bits, self.routes, self.unmatched = adapter.bits, adapter.routes, adapter.unmatched
         self.memory = (
             native.SuffixMemory(
@@ -115,46 +124,100 @@ class AdapterState:
             if adapter.address == "learned"
             else None
         )
-        # torch neither gathers nor scatters uint16, so wide symbols are kept in int32.
-        dtype = torch.uint8 if adapter.bits <= 8 else torch.int32
-        self.values = History(batch, adapter.routes, dtype, device)
+        self.values = History(batch, adapter.routes, np.uint8 if adapter.bits <= 8 else np.uint16)
 
     @property
     def nbytes(self) -> int:
         """Bytes held: automata and value bits."""
         return self.values.nbytes + (0 if self.memory is None else self.memory.nbytes)
 
-    def match(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Match:
-        """Match this chunk's symbols ``[B, R, n]`` and remember them."""
-        assert self.memory is not None
-        found = self.memory.extend(
-            q.cpu(), k.cpu(), mask=None if mask is None else mask.to("cpu", torch.bool)
-        )
-        return Match(found.position.to(q.device), found.length.to(q.device))
-
-    def read(
+    def extend(
         self,
-        v: Tensor,
-        match: Match,
+        channels: list[Tensor],
+        match: Match | None,
+        mask: Tensor | None,
         e0: Tensor,
         e1: Tensor,
         e_null: Tensor | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """Remember this chunk's values and read the matched ones: ``y [B, n, C]``.
+    ) -> tuple[Tensor, Match]:
+        """Take in a chunk: match its queries, remember its keys and values, read what matched.
 
         Args:
-            v: ``[B, n, C]``.
-            match: positions ``[B, R, n]`` (or ``[B, 1, n]``, shared by the routes).
+            channels: q, k and v, ``[B, n, C]`` each; v alone with a given match.
+            match: positions ``[B, 1, n]`` in host memory that all routes share, or None to match
+                q against the keys.
+            mask: bool ``[B, n]``, real positions; None if all are.
+            e0: ``[C]``, value of a 0 bit.
+            e1: ``[C]``, value of a 1 bit.
+            e_null: ``[C]``, value where nothing matched, or None for zero.
+
+        Returns:
+            ``y [B, n, C]`` on the channels' device and the match in host memory.
         """
-        packed = symbols.pack(v, self.bits).to(self.values.table.dtype)
-        own = self.values.append(packed, mask)
-        position = match.position.expand(-1, self.routes, -1).to(torch.int64)
+        v = channels[-1]
+        streams = self._symbols(channels)
+        kept = None if mask is None else mask.to("cpu", torch.bool).numpy()
+        if match is None:
+            assert self.memory is not None
+            found = self.memory.extend(streams[0], streams[1], mask=kept)
+            match = Match(torch.as_tensor(found.position), torch.as_tensor(found.length))
+        position: Array = match.position.numpy().astype(np.int64)
+        own = self.values.append(streams[-1], kept)
+        if position.shape[1] != self.routes:
+            position = np.broadcast_to(position, (len(position), self.routes, position.shape[2]))
+        null = position < 0
         if self.unmatched == "self":
-            position = torch.where(position >= 0, position, own[:, None])
-        read = self.values.read(position.clamp(min=0))
-        value = symbols.unpack(read, self.bits)
-        return values_of_bits(value, channel_mask(position, self.bits), e0, e1, e_null, v.dtype)
+            position, null = np.where(null, own[:, None], position), np.zeros_like(null)
+        read = self.values.read(np.where(position < 0, 0, position))
+        return self._values(read, null, v, e0, e1, e_null), match
+
+    def _symbols(self, channels: list[Tensor]) -> list[Array]:
+        """Symbols ``[B, R, n]`` of each, in host memory."""
+        batch, length, width = channels[0].shape
+        if length > _SMALL:
+            packed = torch.stack([symbols.pack(x, self.bits) for x in channels])
+            return list(packed.cpu().numpy())
+        sign = symbols.binarize(torch.cat(channels, dim=-1)).cpu().numpy()
+        shape = (batch, length, len(channels), width // self.bits, self.bits)
+        word = 8 if self.bits <= 8 else 16
+        padded = np.zeros((*shape[:-1], word), np.bool_)
+        padded[..., : self.bits] = sign.reshape(shape)
+        packed_bits = np.packbits(padded, axis=-1, bitorder="little")
+        values = packed_bits.view(self.values.table.dtype.newbyteorder("<"))[..., 0]
+        return [
+            np.ascontiguousarray(values[:, :, i].transpose(0, 2, 1), self.values.table.dtype)
+            for i in range(len(channels))
+        ]
+
+    def _values(
+        self,
+        read: Array,
+        null: Array,
+        v: Tensor,
+        e0: Tensor,
+        e1: Tensor,
+        e_null: Tensor | None,
+    ) -> Tensor:
+        """``y [B, n, C]`` of the symbols read ``[B, R, n]``; `null` where nothing was."""
+        batch, length, width = v.shape
+        missing: Tensor | None
+        if length > _SMALL:
+            bit = symbols.unpack(torch.from_numpy(read).to(v.device), self.bits)
+            missing = torch.from_numpy(null).to(v.device).transpose(1, 2)
+            missing = missing.repeat_interleave(self.bits, dim=-1) if null.any() else None
+        else:
+            shifts = np.arange(self.bits, dtype=read.dtype)
+            code = ((read[..., None] >> shifts) & 1).astype(np.uint8)
+            code[null] = _NULL
+            code = np.ascontiguousarray(code.transpose(0, 2, 1, 3)).reshape(batch, length, width)
+            bit_or_null = torch.from_numpy(code).to(v.device)
+            bit = bit_or_null == 1
+            missing = bit_or_null == _NULL if null.any() else None
+        y = torch.where(bit, e1.to(v.dtype), e0.to(v.dtype))
+        if missing is None:
+            return y
+        fill = y.new_zeros(()) if e_null is None else e_null.to(v.dtype)
+        return torch.where(missing, fill, y)
 
     def select(self, rows: Tensor) -> None:
         if self.memory is not None:
@@ -174,40 +237,37 @@ class TokenState:
         batch: number of rows.
         candidates: K of the token route; 1 serves ``address="token"`` alone.
         min_length: shorter matches are left out.
-        device: device of the results.
     """
 
-    def __init__(
-        self, batch: int, candidates: int, min_length: int, device: torch.device | str
-    ) -> None:
+    def __init__(self, batch: int, candidates: int, min_length: int) -> None:
         self.candidates = candidates
         self.memory = native.SuffixMemory(batch, 1, symbols="int32", min_length=min_length)
-        self.tokens = History(batch, 1, torch.int32, device)
+        self.tokens = History(batch, 1, np.int32)
 
     @property
     def nbytes(self) -> int:
+        """Bytes held: automaton and token ids."""
         return int(self.memory.nbytes) + self.tokens.nbytes
 
     def extend(self, input_ids: Tensor, mask: Tensor | None) -> tuple[Match, TokenCandidates]:
-        """Match this chunk ``[B, n]``: the best match ``[B, 1, n]`` and the K candidates."""
-        ids = input_ids.to(torch.int32)[:, None].contiguous()
-        stream = ids.cpu()
-        found = self.memory.extend(
-            stream,
-            stream,
-            mask=None if mask is None else mask.to("cpu", torch.bool),
-            candidates=self.candidates,
-        )
-        position = found.position[:, 0].to(input_ids.device)
-        length = found.length[:, 0].to(input_ids.device)
-        own = self.tokens.append(ids, mask)
-        flat = position.clamp(min=0).to(torch.int64).flatten(1)
-        token = self.tokens.read(flat[:, None]).view(position.shape).to(torch.int64)
-        valid = position != NO_MATCH
-        distance = torch.where(valid, own[..., None] - position, 0).to(torch.int32)
-        candidates = TokenCandidates(torch.where(valid, token, 0), length, distance)
-        best = Match(position[:, None, :, 0], length[:, None, :, 0])
-        return best, candidates
+        """Match this chunk ``[B, n]``.
+
+        Returns:
+            The best match ``[B, 1, n]`` in host memory, and the K candidates on the ids' device.
+        """
+        stream: Array = input_ids.to("cpu", torch.int32).numpy()[:, None]
+        kept = None if mask is None else mask.to("cpu", torch.bool).numpy()
+        found = self.memory.extend(stream, stream, mask=kept, candidates=self.candidates)
+        position, length = (np.asarray(x)[:, 0] for x in (found.position, found.length))
+        own = self.tokens.append(stream, kept)
+        there = position >= 0
+        places = np.where(there, position, 0)
+        token = self.tokens.read(places.reshape(len(places), 1, -1)).reshape(position.shape)
+        distance = np.where(there, own[..., None] - position, 0)
+        facts = np.stack([np.where(there, token, 0), length, distance]).astype(np.int32)
+        moved = torch.from_numpy(facts).to(input_ids.device)
+        best = Match(*(torch.from_numpy(x[:, None, :, 0].copy()) for x in (position, length)))
+        return best, TokenCandidates(moved[0].to(torch.int64), moved[1], moved[2])
 
     def select(self, rows: Tensor) -> None:
         self.memory = self.memory.index_select(rows.cpu())
@@ -233,18 +293,16 @@ class RosaStates:
         self.token: TokenState | None = None
         self.adapters: dict[int, AdapterState] = {}
 
-    def adapter(self, module: RosaAdapter, batch: int, device: torch.device) -> AdapterState:
+    def adapter(self, module: RosaAdapter, batch: int) -> AdapterState:
         """The state of one adapter."""
         if module.layer_index not in self.adapters:
-            self.adapters[module.layer_index] = AdapterState(module, batch, device)
+            self.adapters[module.layer_index] = AdapterState(module, batch)
         return self.adapters[module.layer_index]
 
-    def tokens(
-        self, batch: int, candidates: int, min_length: int, device: torch.device
-    ) -> TokenState:
+    def tokens(self, batch: int, candidates: int, min_length: int) -> TokenState:
         """The state of the token stream."""
         if self.token is None:
-            self.token = TokenState(batch, candidates, min_length, device)
+            self.token = TokenState(batch, candidates, min_length)
         return self.token
 
     def advance(self, batch: int, length: int, mask: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """Caches of an attached model: bounded keys and values, and the streaming states.
 
-A windowed layer keeps the sinks, the last ``W - 1`` tokens of each row, and a small reserve for
+A windowed layer keeps the sinks, the last ``W`` tokens of each row, and a small reserve for
 rollbacks. Which slots those are is the same for all layers, so one
 `rosakit.tuning.retention.WindowIndex` per cache decides, once a forward pass, and the
 layers follow. One more layer at the end of the cache, `RosaCacheLayer`, carries that
@@ -23,11 +23,13 @@ from transformers.cache_utils import (
 
 from rosakit.errors import InvalidInputError
 from rosakit.layers import RosaStates
-from rosakit.tuning.retention import WindowIndex
+from rosakit.tuning.retention import Restored, Update, WindowIndex
 
 
 class SinkWindowLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of one windowed layer: sinks, the last ``W - 1`` tokens, the reserve.
+    """Keys and values of one windowed layer, ``[B, G, slots, D]``: see `rosakit.tuning.retention`.
+
+    The buffers are written in place, so a decode step costs the same for every window.
 
     Args:
         index: the index that all windowed layers of the cache share.
@@ -59,24 +61,25 @@ class SinkWindowLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append ``[B, G, n, D]``; returns all keys and values that this chunk may see."""
+        """Append ``[B, G, n, D]``; returns all keys and values that this chunk may see.
+
+        What is returned may be a view of the buffer: read it before the next update.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        first = self.keys.numel() == 0
-        keys = key_states if first else torch.cat([self.keys, key_states], dim=2)
-        values = value_states if first else torch.cat([self.values, value_states], dim=2)
-        self.keys, self.values = self.index.retain(keys), self.index.retain(values)
+        update = self.index.update
+        self.keys, keys = _take_in(self.keys, key_states, update, self.index.visible)
+        self.values, values = _take_in(self.values, value_states, update, self.index.visible)
         self.cumulative_length += key_states.shape[2]
-        return self.index.shown(keys), self.index.shown(values)
+        return keys, values
 
     def get_seq_length(self) -> int:
         """Positions seen, dropped ones included."""
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that the next chunk sees, and the offset of the first."""
-        held = 0 if self.keys is None or self.keys.numel() == 0 else self.keys.shape[2]
-        return held + query_length, 0
+        """Keys that the next chunk sees at most, and the offset of the first."""
+        return min(self.cumulative_length, self.index.visible) + query_length, 0
 
     def get_max_length(self) -> int:
         """-1: any number of tokens can be taken in."""
@@ -93,9 +96,71 @@ class SinkWindowLayer(DynamicLayer):  # type: ignore[misc]
         tokens = self.index.check_crop(tokens_to_remove)
         if not self.is_initialized or self.keys.numel() == 0:
             return
-        after = self.index.cropped(tokens)
-        self.keys, self.values = after.retain(self.keys), after.retain(self.values)
+        restored = self.index.cropped(tokens, self.keys.device)
+        self.keys = _restore(self.keys, restored)
+        self.values = _restore(self.values, restored)
         self.cumulative_length -= tokens
+
+
+def _take_in(buffer: Tensor, chunk: Tensor, update: Update, visible: int) -> tuple[Tensor, Tensor]:
+    """The buffer after a chunk, and the states that the chunk sees."""
+    held = buffer.numel() > 0
+    shown = chunk
+    if update.before and held:
+        shown = torch.cat([buffer[:, :, : update.before], chunk], dim=2)
+    if update.gather is not None:
+        source = chunk if not held else torch.cat([buffer[:, :, : update.width], chunk], dim=2)
+        return _gather(source, update.gather), shown
+    buffer = _writable(buffer, chunk, update.slots, visible)
+    if update.rows is not None:
+        place, leaving = (_row_index(x, buffer) for x in update.rows)
+        assert place is not None
+        if leaving is not None:
+            buffer.scatter_(2, leaving, buffer.gather(2, place))
+        buffer.scatter_(2, place, chunk)
+    for from_chunk, out, into in update.moves:
+        buffer[:, :, into] = (chunk if from_chunk else buffer)[:, :, out]
+    return buffer, buffer[:, :, : update.shown] if update.before is None else shown
+
+
+def _restore(buffer: Tensor, restored: Restored) -> Tensor:
+    if restored.gather is not None:
+        return _gather(buffer, restored.gather)
+    if restored.moves:
+        buffer = _writable(buffer, buffer, buffer.shape[2], 0)
+        for _, out, into in restored.moves:
+            buffer[:, :, into] = buffer[:, :, out]
+    return buffer
+
+
+def _gather(states: Tensor, index: Tensor) -> Tensor:
+    """Slots ``index [B or 1, slots]`` of ``[B, G, n, D]``."""
+    batch, heads, _, width = states.shape
+    return states.gather(2, index[:, None, :, None].expand(batch, heads, -1, width))
+
+
+def _row_index(slot: Tensor | None, buffer: Tensor) -> Tensor | None:
+    """Slots ``[B, 1]`` as an index of ``[B, G, 1, D]``."""
+    if slot is None:
+        return None
+    return slot[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
+
+
+def _writable(buffer: Tensor, chunk: Tensor, slots: int, visible: int) -> Tensor:
+    """The buffer with at least `slots` slots, safe to write to in place."""
+    have = buffer.shape[2] if buffer.numel() else 0
+    if have < slots:
+        # Doubled while it fills up to the window, then allocated whole.
+        size = slots if slots >= visible else min(visible, max(slots, 2 * have, 64))
+        # Zeros, since a masked slot still takes part in products.
+        grown = chunk.new_zeros((chunk.shape[0], chunk.shape[1], size, chunk.shape[3]))
+        if have:
+            grown[:, :, :have] = buffer
+        return grown
+    differentiable = torch.is_grad_enabled() and (chunk.requires_grad or buffer.requires_grad)
+    frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
+    # Autograd holds what earlier chunks saw; inference tensors cannot be changed outside.
+    return buffer.clone() if differentiable or frozen else buffer
 
 
 class GlobalLayer(DynamicLayer):  # type: ignore[misc]
@@ -177,7 +242,7 @@ class RosaCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             left = self.index.counts(tokens)
             lengths = self.states.lengths
             self.states.truncate(lengths - tokens if left is None else left.cpu())
-        after = self.index.cropped(tokens)
+        after = self.index.cropped(tokens, torch.device("cpu")).after
         self.index.__dict__.update(after.__dict__)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

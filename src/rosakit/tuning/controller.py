@@ -205,7 +205,9 @@ class RosaController(nn.Module):
         plan = None
         if self.config.window is not None:
             where = positions(length, starts, device)
-            plan = AttentionPlan(where, where, lambda: where, plain=starts is None, whole=True)
+            plan = AttentionPlan(
+                where, lambda: where, lambda: where, plain=starts is None, whole=True
+            )
         rosa = RosaContext(input_ids=ids, segment_starts=starts)
         if self.token_route is not None:
             assert ids is not None
@@ -236,7 +238,7 @@ class RosaController(nn.Module):
         past = index.length
         real = layout.chunk_mask(mask, past, length)
         states.advance(batch, length, real)
-        query, windowed, full = index.advance(real, length, device)
+        query, windowed, full, clear = index.advance(real, length, device)
         plan = None
         if self.config.window is not None:
             plan = AttentionPlan(
@@ -245,13 +247,14 @@ class RosaController(nn.Module):
                 full,
                 plain=index.plain,
                 whole=past == 0,
+                clear=clear,
                 contiguous=real is None or layout.contiguous(real),
             )
         rosa = RosaContext(input_ids=ids, mask=real, states=states)
         if self._needs_ids:
             assert ids is not None
             count = 1 if self.token_route is None else self.token_route.candidates
-            tokens = states.tokens(batch, count, 1, device)
+            tokens = states.tokens(batch, count, 1)
             rosa.token_match, found = tokens.extend(ids, real)
             if self.token_route is not None:
                 rosa.candidates = self._competitors(ids, found)

@@ -67,10 +67,12 @@ class AttentionPlan:
 
     Args:
         query: positions of this chunk.
-        windowed: positions of the keys that windowed layers see (as their cache returns them).
+        windowed: gives the positions of the keys that windowed layers see (as their cache returns
+            them).
         full: gives the positions of all keys so far, for layers without a window.
         plain: nothing but real tokens of one document a row, so far.
         whole: no earlier chunk: the keys are this chunk's.
+        clear: every query sees every key that the windowed layers' cache returns.
         contiguous: real positions of a segment are neighbours (needed by the block form).
         block: least number of positions from which whole sequences are computed in blocks;
             None for ``2 * window``.
@@ -79,16 +81,18 @@ class AttentionPlan:
     def __init__(
         self,
         query: Positions,
-        windowed: Positions,
+        windowed: Callable[[], Positions],
         full: Callable[[], Positions],
         *,
         plain: bool,
         whole: bool,
+        clear: bool = False,
         contiguous: bool = True,
         block: int | None = None,
     ) -> None:
         self.query, self.windowed, self.full = query, windowed, full
-        self.plain, self.whole, self.contiguous, self.block = plain, whole, contiguous, block
+        self.plain, self.whole, self.clear = plain, whole, clear
+        self.contiguous, self.block = contiguous, block
         self._masks: dict[tuple[Any, ...], Tensor | None] = {}
         self._blocks: dict[tuple[int, int], Blocks] = {}
 
@@ -108,12 +112,14 @@ class AttentionPlan:
 
     def _dense(self, window: int | None, sink_tokens: int, keys: int, held: bool) -> Tensor | None:
         length = self.query.rank.shape[1]
+        if self.clear and held:
+            return None
         if self.plain and (self.whole or length == 1):
-            # Sinks count where they are kept; a full key list may lack the right ones to skip.
-            kept = sink_tokens if self.whole or held else 0
+            # A full key list may lack the right sinks to skip.
+            kept = sink_tokens if self.whole else 0
             if window is None or keys <= window + kept:
                 return None
-        source = self.windowed if held else self.full()
+        source = self.windowed() if held else self.full()
         total = source.rank.shape[1]
         if keys > total:
             raise InvalidInputError(
