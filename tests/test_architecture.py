@@ -13,7 +13,7 @@ import rosakit
 
 ROOT = Path(rosakit.__file__).parent
 FLOORS = [
-    {"errors", "files", "types", "symbols", "native", "cuda"},
+    {"errors", "files", "types", "symbols", "native", "cuda", "pipeline"},
     {"ops"},
     {"layers"},
     {"models", "tuning"},

@@ -7,7 +7,7 @@ False and every call raises `BackendError` with the reason.
 from __future__ import annotations
 
 from rosakit.native._load import available, num_threads, set_num_threads
-from rosakit.native.matcher import best_successors, match
+from rosakit.native.matcher import best_successors, match, match_into
 from rosakit.native.memory import SuffixMemory
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "available",
     "best_successors",
     "match",
+    "match_into",
     "num_threads",
     "set_num_threads",
 ]

@@ -42,19 +42,60 @@ def match(
         InvalidInputError: shapes or options that do not fit, negative symbols.
         BackendError: the compiled core is missing.
     """
+    if not 0 <= counterfactual_bits <= 16:
+        raise InvalidInputError(f"counterfactual_bits={counterfactual_bits} is outside 0..16")
+    flips = (*q.shape, counterfactual_bits)
+    position = np.empty(q.shape, np.int32)
+    length = np.empty(q.shape, np.int32)
+    flipped = np.empty(flips, np.int32) if counterfactual_bits else None
+    match_into(
+        q,
+        k,
+        position,
+        length,
+        flipped,
+        granularity=granularity,
+        successor=successor,
+        max_length=max_length,
+        min_length=min_length,
+        segment_starts=segment_starts,
+    )
+    return position, length, flipped
+
+
+def match_into(
+    q: Array,
+    k: Array,
+    position: Array,
+    length: Array,
+    flipped: Array | None,
+    *,
+    granularity: str = "token",
+    successor: str = "available",
+    max_length: int | None = None,
+    min_length: int = 1,
+    segment_starts: Array | None = None,
+) -> None:
+    """`match` into the caller's arrays, for example in pinned memory.
+
+    Args:
+        q, k: symbols ``[B, R, T]`` as in `match`.
+        position, length: int32 ``[B, R, T]``, C-contiguous; every element is written.
+        flipped: int32 ``[B, R, T, M]``, C-contiguous, or None for no flipped queries.
+
+    Raises:
+        InvalidTypeError, InvalidInputError, BackendError: as `match`.
+    """
     native = core()
     _checks.same_symbols(q, k)
     run, strict, longest, shortest = _checks.rule(granularity, successor, max_length, min_length)
+    bits = 0 if flipped is None else flipped.shape[-1]
     width = 8 * q.dtype.itemsize if q.dtype != np.int32 else 16
-    if not 0 <= counterfactual_bits <= min(width, 16):
+    if not 0 <= bits <= min(width, 16):
         raise InvalidInputError(
-            f"counterfactual_bits={counterfactual_bits} is outside 0..{min(width, 16)} "
-            f"for {q.dtype} symbols"
+            f"counterfactual_bits={bits} is outside 0..{min(width, 16)} for {q.dtype} symbols"
         )
     begin = _checks.starts(segment_starts, q.shape[0], q.shape[2])
-    position = np.empty(q.shape, np.int32)
-    length = np.empty(q.shape, np.int32)
-    flipped = np.empty((*q.shape, counterfactual_bits), np.int32) if counterfactual_bits else None
     try:
         native.match(
             np.ascontiguousarray(q),
@@ -70,7 +111,6 @@ def match(
         )
     except ValueError as error:
         raise InvalidInputError(str(error)) from None
-    return position, length, flipped
 
 
 def best_successors(
