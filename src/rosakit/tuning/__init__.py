@@ -25,18 +25,21 @@ if TYPE_CHECKING:
     from rosakit.tuning.checkpoint import load_adapter, save_adapter
     from rosakit.tuning.config import RosaConfig
     from rosakit.tuning.data import DataConfig
+    from rosakit.tuning.memory import CacheMemory, cache_memory, plan_memory
     from rosakit.tuning.result import load_result
     from rosakit.tuning.settings import TuneConfig
     from rosakit.tuning.sources import load_model
     from rosakit.tuning.train import TuneResult, tune
 
 __all__ = [
+    "CacheMemory",
     "DataConfig",
     "RosaConfig",
     "TuneConfig",
     "TuneResult",
     "adapters_of",
     "attach",
+    "cache_memory",
     "config_of",
     "detach",
     "freeze_base",
@@ -44,6 +47,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_result",
+    "plan_memory",
     "record_matches",
     "rosa_parameters",
     "save_adapter",
@@ -65,6 +69,7 @@ _HOME = {
     **dict.fromkeys(("load_adapter", "save_adapter"), "checkpoint"),
     "RosaConfig": "config",
     "DataConfig": "data",
+    **dict.fromkeys(("CacheMemory", "cache_memory", "plan_memory"), "memory"),
     "load_result": "result",
     "TuneConfig": "settings",
     "load_model": "sources",

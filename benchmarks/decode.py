@@ -1,0 +1,281 @@
+"""Decode latency and cache memory: full attention, a bare window, the window with rosakit.
+
+    python benchmarks/decode.py --out docs/results/decode.json            # one GPU, a few minutes
+    python benchmarks/decode.py --tiny                                    # any machine, seconds
+
+The model has the shape of Qwen3-1.7B with random weights in bfloat16; it decodes one row, eager,
+as `generate` does. Latency is the median over single steps, each waited for, after a context that
+chunked prefill has read; variants take turns and the better of two rounds counts. A check comes
+first: on a small float32 model, steps through the cache must give the logits of the whole
+sequence. Memory is what the allocator holds for the cache, beside what
+`rosakit.tuning.memory.cache_memory` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import rosakit
+from rosakit import native
+from rosakit.files import atomic_write
+from rosakit.tuning import RosaConfig, attach, detach, rosa_parameters
+from rosakit.tuning.memory import cache_memory
+
+SEED, WINDOW = 20261122, 2048
+SHAPE = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 262144,
+}
+SMALL = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 8192,
+}
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "full attention": None,
+    "window": {"adapters": False},
+    "window + token route": {"adapters": False, "token_route": True},
+    "window + 56 routes": {"routes": 56},
+    "window + 56 routes, 7 layers": {"routes": 56, "layers": (0, 4, 8, 12, 16, 20, 24)},
+    "window + 512 routes": {"routes": 512},
+}
+
+
+def build(shape: dict[str, int], device: str, dtype: torch.dtype) -> Any:
+    """A model with random weights."""
+    torch.manual_seed(SEED)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def options_of(name: str, window: int, layers: int) -> dict[str, Any]:
+    """`RosaConfig` options of a variant, for a model with so many layers."""
+    found = dict(VARIANTS[name] or {})
+    if "layers" in found:
+        found["layers"] = tuple(i for i in found["layers"] if i < layers)
+    return {"window": window, "sink_tokens": 4, "adapter_dtype": "auto", **found}
+
+
+def put_on(model: Any, name: str, window: int) -> None:
+    """Attach a variant, its parameters away from their silent start."""
+    if VARIANTS[name] is None:
+        return
+    attach(model, RosaConfig(**options_of(name, window, model.config.num_hidden_layers)))
+    torch.manual_seed(SEED)
+    with torch.no_grad():
+        for parameter in rosa_parameters(model).values():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+
+
+def take_off(model: Any, name: str) -> None:
+    """Undo `put_on`."""
+    if VARIANTS[name] is not None:
+        detach(model)
+
+
+def text(length: int, vocabulary: int) -> torch.Tensor:
+    """Random tokens in which passages come back."""
+    generator = torch.Generator().manual_seed(SEED)
+    ids = torch.randint(0, vocabulary, (length,), generator=generator)
+    for _ in range(length // 400):
+        source, target = torch.randint(0, max(1, length - 100), (2,), generator=generator).tolist()
+        if target > source + 100:
+            ids[target : target + 100] = ids[source : source + 100]
+    return ids[None]
+
+
+@torch.inference_mode()
+def prefill(model: Any, ids: torch.Tensor, chunk: int) -> Any:
+    """The cache after reading `ids` in chunks."""
+    cache = None
+    for part in ids.split(chunk, dim=1):
+        out = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+    return cache
+
+
+@torch.inference_mode()
+def check(device: str) -> dict[str, float]:
+    """Largest difference between steps through the cache and the whole sequence, small model."""
+    found = {}
+    ids = text(160, SMALL["vocab_size"]).to(device)
+    for name in VARIANTS:
+        model = build(SMALL, device, torch.float32)
+        put_on(model, name, 32)
+        whole = model(ids, use_cache=False).logits
+        cache, parts = None, []
+        for part in ids.split([60, 7] + [1] * 93, dim=1):
+            out = model(part, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            parts.append(out.logits)
+        found[name] = float((torch.cat(parts, 1) - whole).abs().max())
+        assert found[name] < 1e-3, f"{name}: the cache changes logits by {found[name]}"
+    return found
+
+
+@torch.inference_mode()
+def steps(model: Any, cache: Any, count: int, vocabulary: int) -> list[float]:
+    """Milliseconds of single steps, each waited for."""
+    ids = text(count, vocabulary).to(model.device)
+    times = []
+    for i in range(count):
+        _wait(model.device)
+        begin = time.perf_counter()
+        logits = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+        logits[:, -1].argmax(-1).item()  # greedy decoding waits for the token, too
+        times.append((time.perf_counter() - begin) * 1e3)
+    return times
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _allocated(device: torch.device) -> int:
+    gc.collect()
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def measure(
+    model: Any, names: list[str], context: int, window: int, chunk: int, count: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Latency and memory of each variant after `context` tokens."""
+    vocabulary = model.config.vocab_size
+    ids = text(context, vocabulary).to(model.device)
+    caches: dict[str, Any] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name in names:
+        put_on(model, name, window)
+        before = _allocated(model.device)
+        begin = time.perf_counter()
+        caches[name] = prefill(model, ids, chunk)
+        _wait(model.device)
+        rows[name] = {
+            "variant": name,
+            "context": context,
+            "prefill_s": time.perf_counter() - begin,
+            "cache_device_bytes": _allocated(model.device) - before,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
+        if VARIANTS[name] is not None:
+            rows[name]["cache_parts"] = cache_memory(caches[name]).to_dict()
+        take_off(model, name)
+        print(json.dumps(rows[name]), flush=True)
+    timed: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            put_on(model, name, window)
+            found = steps(model, caches[name], count, vocabulary)[count // 4 :]
+            timed[name].append(statistics.median(found))
+            take_off(model, name)
+    for name in names:
+        if rounds:
+            rows[name]["step_ms"] = min(timed[name])
+            rows[name]["step_ms_rounds"] = timed[name]
+            print(name, context, f"{rows[name]['step_ms']:.2f} ms", flush=True)
+    return list(rows.values())
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Add each row's ratios to the window and to full attention."""
+    for row in rows:
+        peers = {r["variant"]: r for r in rows if r["context"] == row["context"]}
+        for key in ("step_ms", "cache_device_bytes"):
+            for other in ("window", "full attention"):
+                base = peers.get(other, {}).get(key)
+                if base and key in row:
+                    row[f"{key}_over_{other.replace(' ', '_')}"] = round(row[key] / base, 4)
+
+
+def commit() -> str:
+    """The commit that is measured, if it is known."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def main() -> None:
+    """Run the benchmark and write its result."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--tiny", action="store_true", help="a small model and short contexts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=48, help="steps timed in a round")
+    args = parser.parse_args()
+    on_gpu = args.device.startswith("cuda")
+    shape = SMALL if args.tiny else SHAPE
+    result: dict[str, Any] = {
+        "what": "decode latency and cache memory, Qwen3-1.7B shape with random weights",
+        "command": "python benchmarks/decode.py" + (" --tiny" if args.tiny else ""),
+        "date": dt.date.today().isoformat(),
+        "commit": commit(),
+        "seed": SEED,
+        "hardware": torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU",
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "core_threads": native.num_threads() if native.available() else 0,
+        "versions": {
+            "rosakit": rosakit.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "shape": {**shape, "dtype": "float32" if args.tiny else "bfloat16", "batch": 1},
+        "window": 32 if args.tiny else WINDOW,
+        "largest_difference_from_the_whole_sequence": check(args.device),
+        "rows": [],
+    }
+    print(json.dumps(result["largest_difference_from_the_whole_sequence"]), flush=True)
+    model = build(shape, args.device, torch.float32 if args.tiny else torch.bfloat16)
+    long = [name for name in VARIANTS if name != "window + 512 routes"]
+    plan = (
+        [(list(VARIANTS), 300, 100, 2), (long, 600, 100, 0)]
+        if args.tiny
+        else [(list(VARIANTS), 32768, 4096, 2), (long, 131072, 8192, 0)]
+    )
+    for names, context, chunk, rounds in plan:
+        found = measure(model, names, context, result["window"], chunk, args.steps, rounds)
+        result["rows"] += found
+        compare(result["rows"])
+        if args.out is not None:  # also what was measured before a machine is taken away
+            atomic_write(args.out, json.dumps(result, indent=1) + "\n")
+        del found
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""How much memory a decoding state takes: of a cache that exists, and of one that is planned."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from rosakit.errors import InvalidInputError
+from rosakit.tuning.cache import RosaCacheLayer
+from rosakit.tuning.config import RosaConfig
+from rosakit.tuning.modules import select_layers
+from rosakit.tuning.retention import RESERVE
+
+__all__ = ["CacheMemory", "cache_memory", "plan_memory"]
+
+BYTES_A_SYMBOL = 32
+"""Bytes of a suffix memory for a symbol of a stream, as measured by ``benchmarks/cpu``."""
+
+
+@dataclass(frozen=True)
+class CacheMemory:
+    """Bytes of the parts of a decoding state.
+
+    Attributes:
+        context: positions seen, rows together.
+        window: keys and values of windowed layers (on the model's device).
+        full: keys and values of the other layers (on the model's device).
+        suffix: suffix memories of the adapters and of the token route (host memory).
+        history: value bits and token ids (host memory).
+        plain: keys and values of the same context in an ordinary cache, for comparison.
+    """
+
+    context: int
+    window: int
+    full: int
+    suffix: int
+    history: int
+    plain: int
+
+    @property
+    def device(self) -> int:
+        """Bytes on the model's device."""
+        return self.window + self.full
+
+    @property
+    def host(self) -> int:
+        """Bytes in host memory (none of them on the device)."""
+        return self.suffix + self.history
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.device + self.host
+
+    def to_dict(self) -> dict[str, int]:
+        """The parts and their sums as plain values."""
+        sums = {"device": self.device, "host": self.host, "total": self.total}
+        return {**asdict(self), **sums}
+
+    def __str__(self) -> str:
+        def share(part: int) -> str:
+            of = f" ({part / self.plain:.1%} of an ordinary cache)" if self.plain else ""
+            return f"{_shown(part)}{of}"
+
+        return (
+            f"{self.context} tokens: keys and values {share(self.device)}, "
+            f"suffix state in host memory {share(self.host)}"
+        )
+
+
+def cache_memory(cache: Any) -> CacheMemory:
+    """Bytes that a cache of an attached model holds now.
+
+    Args:
+        cache: `past_key_values` of a forward pass or of ``generate``.
+
+    Raises:
+        InvalidInputError: not the cache of an attached model.
+    """
+    layers = getattr(cache, "layers", None) if isinstance(cache, Cache) else None
+    carrier = layers[-1] if layers else None
+    if not isinstance(carrier, RosaCacheLayer):
+        raise InvalidInputError(
+            f"this {type(cache).__name__} is not the cache of an attached model; pass the "
+            "past_key_values that the model returned"
+        )
+    assert layers is not None
+    window = full = plain = 0
+    rows = 1
+    for layer in layers[:-1]:
+        if not isinstance(layer.keys, Tensor) or layer.keys.numel() == 0:
+            continue
+        rows = layer.keys.shape[0]
+        size = _bytes(layer.keys) + _bytes(layer.values)
+        plain += size // layer.keys.shape[2] * carrier.index.length
+        if layer.is_sliding:
+            window += size
+        else:
+            full += size
+    suffix = history = 0
+    states = carrier.states
+    for state in states.adapters.values():
+        suffix += 0 if state.memory is None else state.memory.nbytes
+        history += state.values.nbytes
+    if states.token is not None:
+        suffix += states.token.memory.nbytes
+        history += states.token.tokens.nbytes
+    return CacheMemory(rows * carrier.index.length, window, full, suffix, history, plain)
+
+
+def plan_memory(
+    model_config: Any,
+    config: RosaConfig,
+    context: int,
+    *,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> CacheMemory:
+    """Bytes that a cache of a model attached so will hold (suffix states: an estimate).
+
+    Args:
+        model_config: the model's configuration (`transformers.PreTrainedConfig`).
+        config: what is attached.
+        context: tokens of each row.
+        batch: rows.
+        dtype: of keys and values.
+
+    Raises:
+        InvalidInputError: a context or batch below 1.
+    """
+    if context < 1 or batch < 1:
+        raise InvalidInputError(
+            f"context and batch must be at least 1, got context={context}, batch={batch}"
+        )
+    text = model_config.get_text_config(decoder=True)
+    layers, heads = text.num_hidden_layers, text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    token = 2 * groups * width * dtype.itemsize * batch
+    unbounded = select_layers("global_layers", config.global_layers, layers)
+    windowed = 0 if config.window is None else layers - len(unbounded)
+    visible = config.sink_tokens + (config.window or 0)
+    held = context if context <= visible else visible + RESERVE
+    adapters, routes = 0, 0
+    if config.adapters and config.retrieve:
+        adapters = len(select_layers("layers", config.layers, layers))
+        routes = config.routes or text.hidden_size // config.bits
+    learned = adapters * routes if config.address == "learned" else 0
+    tokens = int(config.token_route or (adapters > 0 and config.address == "token"))
+    symbols = context * batch
+    return CacheMemory(
+        symbols,
+        window=windowed * token * held,
+        full=(layers - windowed) * token * context,
+        suffix=(learned + tokens) * BYTES_A_SYMBOL * symbols,
+        history=(adapters * routes * (1 if config.bits <= 8 else 2) + 4 * tokens) * symbols,
+        plain=layers * token * context,
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _shown(size: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size / 1024:.1f} KiB"
