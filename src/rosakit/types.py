@@ -9,7 +9,7 @@ from torch import Tensor
 Granularity = Literal["token", "run"]
 Successor = Literal["available", "strict"]
 Unmatched = Literal["zero", "self", "null"]
-Backend = Literal["auto", "oracle", "cpu", "cuda"]
+Backend = Literal["auto", "oracle", "cpu", "cuda", "pipeline"]
 
 NO_MATCH = -1
 """Value of `Match.position` where nothing matched."""

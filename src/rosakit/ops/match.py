@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rosakit import cuda, native
+from rosakit import cuda, native, pipeline
 from rosakit.errors import BackendError, InvalidInputError, InvalidTypeError, warn_once
 from rosakit.ops import segments
 from rosakit.ops.oracle import suffix_match_oracle
@@ -56,7 +56,9 @@ def suffix_match(
         document_ids: ``[B, T]``, a number a document, negative at padding.
         segment_starts: ``[B, T]``, the resolved form of the four above; give at most one.
         counterfactual_bits: ``M > 0`` also returns ``cf_position [B, R, T, M]``.
-        backend: "cpu" (the C++ core), "cuda", "oracle" (quadratic torch) or "auto".
+        backend: "cpu" (the C++ core), "cuda", "oracle" (quadratic torch), "pipeline" (the core,
+            reached through pinned memory; `rosakit.ops.ahead` lets the GPU go on meanwhile) or
+            "auto".
 
     Returns:
         `Match` with the leading shape of `q`, int32, on its device.
@@ -115,7 +117,7 @@ def check_options(
     for name, value, allowed in (
         ("granularity", granularity, ("token", "run")),
         ("successor", successor, ("available", "strict")),
-        ("backend", backend, ("auto", "cpu", "cuda", "oracle")),
+        ("backend", backend, ("auto", "cpu", "cuda", "oracle", "pipeline")),
     ):
         if value not in allowed:
             raise InvalidInputError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
@@ -189,7 +191,10 @@ def _suffix_match_op(
     }
     engine = choose_backend(backend, q, granularity, counterfactual_bits)
     cf: Tensor | None
-    if engine == "cuda":
+    if engine == "pipeline":
+        ticket = pipeline.shared(q.device).submit(q, k, segment_starts=segment_starts, **options)
+        position, length, cf = ticket.result()
+    elif engine == "cuda":
         position, length, cf = cuda.match(q, k, segment_starts=segment_starts, **options)
     elif engine == "cpu":
         arrays = native.match(
@@ -236,8 +241,8 @@ def choose_backend(
         BackendError: a backend was asked for by name that cannot serve these symbols.
     """
     device = q.device
-    if backend == "oracle":
-        return "oracle"
+    if backend in ("oracle", "pipeline"):
+        return backend
     if backend == "cuda" and (device.type != "cuda" or not cuda.available()):
         raise BackendError(
             f"backend='cuda' needs CUDA tensors and the cuda extra (tensors are on {device}); "

@@ -8,7 +8,8 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from rosakit.errors import InvalidInputError, InvalidTypeError
-from rosakit.ops import segments
+from rosakit.ops import ahead, segments
+from rosakit.ops.ahead import Ahead
 from rosakit.ops.estimators import registry
 from rosakit.ops.match import check_options as check_match_options
 from rosakit.ops.retrieve import check_values
@@ -60,6 +61,7 @@ def rosa(
     document_ids: Tensor | None = None,
     segment_starts: Tensor | None = None,
     backend: Backend = "auto",
+    given: Ahead | None = None,
     return_match: bool = False,
     **estimator_options: Any,
 ) -> Tensor | tuple[Tensor, Match]:
@@ -87,7 +89,9 @@ def rosa(
         cu_seqlens: ``[N + 1]`` cumulative lengths of documents packed into one row.
         document_ids: ``[B, T]``, a number a document, negative at padding.
         segment_starts: ``[B, T]``, the resolved form of the four above; give at most one.
-        backend: "auto", "cpu", "cuda" or "oracle".
+        backend: "auto", "cpu", "cuda", "pipeline" or "oracle".
+        given: the match of these very `q` and `k` under these options, begun earlier with
+            `rosakit.ops.ahead.begin`; estimator "counterfactual" only.
         return_match: also return the `Match` that was read.
         **estimator_options: options of the estimator.
 
@@ -110,6 +114,11 @@ def rosa(
     check_values(v, e0, e1, bits, unmatched, e_null)
     check_match_options(granularity, successor, max_length, min_length, bits, backend)
     registry.check_options(estimator, estimator_options)
+    if given is not None and estimator != "counterfactual":
+        raise InvalidInputError(
+            f"a match found ahead serves estimator='counterfactual', not {estimator!r}; "
+            "leave `given` out, and the estimator finds its own"
+        )
     starts = segments.resolve(
         q.shape[0],
         q.shape[1],
@@ -126,6 +135,7 @@ def rosa(
         min_length,
         None if starts is None else starts.to(q.device),
         backend,
+        None if given is None else ahead.finish(given),
     )
     y, match = registry.get(estimator)(
         q,

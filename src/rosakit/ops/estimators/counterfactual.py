@@ -23,6 +23,7 @@ from torch import Tensor
 from rosakit import symbols
 from rosakit.errors import InvalidInputError
 from rosakit.ops import rows
+from rosakit.ops.estimators.given import read_given
 from rosakit.ops.estimators.registry import MatchOptions, register
 from rosakit.ops.retrieve import gpu_kernels, read, retrieve_backward
 from rosakit.types import Match, Unmatched
@@ -74,6 +75,11 @@ def counterfactual(
     if not temperature > 0:
         raise InvalidInputError(f"temperature must be positive, got {temperature}")
     credit = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if match.given is not None:
+        return read_given(
+            *(q, k, v, e0, e1, e_null, match.segment_starts, match.given, credit),
+            (bits, match.granularity, unmatched, key_credit, soft_values, temperature),
+        )
     y, position, length, cf = torch.ops.rosakit.counterfactual(
         q,
         k,

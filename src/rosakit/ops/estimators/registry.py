@@ -13,7 +13,11 @@ from rosakit.types import Backend, Granularity, Match, Successor
 
 
 class MatchOptions(NamedTuple):
-    """How streams are matched; see `rosakit.ops.suffix_match`."""
+    """How streams are matched; see `rosakit.ops.suffix_match`.
+
+    Attributes:
+        given: the match itself, where it was found ahead (`rosakit.ops.ahead`).
+    """
 
     granularity: Granularity = "token"
     successor: Successor = "available"
@@ -21,6 +25,7 @@ class MatchOptions(NamedTuple):
     min_length: int = 1
     segment_starts: Tensor | None = None
     backend: Backend = "auto"
+    given: Match | None = None
 
 
 Estimator: TypeAlias = Callable[..., tuple[Tensor, Match]]
