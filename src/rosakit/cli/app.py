@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from rosakit.cli.flags import merge, with_flags
+from rosakit.cli.reports import inspect, report
 
-__all__ = ["build"]
+__all__ = ["build", "read_text"]
 
 
 def build() -> typer.Typer:
@@ -31,6 +32,8 @@ def build() -> typer.Typer:
     app.command()(with_flags(tune))
     app.command("eval")(evaluate)
     app.command()(generate)
+    app.command()(inspect)
+    app.command()(report)
     app.command()(info)
     app.add_typer(rwkv8_app, name="rwkv8")
     return app
@@ -170,7 +173,7 @@ def generate(
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
 ) -> None:
     """Stream text from a trained model."""
-    text = _prompt(prompt, file)
+    text = read_text(prompt, file)
     from rosakit.tuning.result import load_any
     from rosakit.tuning.streaming import stream_text
 
@@ -208,7 +211,8 @@ def info(
         show(facts)
 
 
-def _prompt(prompt: str | None, file: Path | None) -> str:
+def read_text(prompt: str | None, file: Path | None) -> str:
+    """The text that a command was given, from a flag, a file or standard input."""
     from rosakit.errors import DataError, InvalidInputError
 
     if prompt is not None and file is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from rosakit.errors import InvalidInputError
 from rosakit.evaluate import EvaluationResult
 
-__all__ = ["plot_perplexity_and_needles"]
+__all__ = ["draw_curves", "look_of", "plot_perplexity_and_needles", "save_figure"]
 
 _LOOKS: dict[str, dict[str, Any]] = {
     "full": {"color": "#222222", "linestyle": "-", "marker": "o"},
@@ -53,17 +53,18 @@ def plot_perplexity_and_needles(
     # A figure of its own instead of pyplot: no global state, no display.
     figure = Figure(figsize=(5.2 * width, 4.6), layout="constrained")
     axes = list(figure.subplots(1, width, squeeze=False)[0])
-    _curves(axes[0], result, names)
+    draw_curves(axes[0], result, names)
     axes[0].legend(frameon=False, fontsize=9)
     if near:
         _changes(axes[1], result, near)
     if needles:
         _bars(axes[-1], result, needles)
     figure.suptitle(_describe(result) if title is None else title, fontsize=11)
-    return _save(figure, Path(stem))
+    return save_figure(figure, Path(stem))
 
 
-def _curves(axis: Any, result: EvaluationResult, names: Sequence[str]) -> None:
+def draw_curves(axis: Any, result: EvaluationResult, names: Sequence[str]) -> None:
+    """Perplexity by position of the named variants, on a logarithmic axis."""
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     labels: list[str] = []
@@ -71,7 +72,7 @@ def _curves(axis: Any, result: EvaluationResult, names: Sequence[str]) -> None:
         values = result.variants[name].perplexity.ppl_by_position
         labels += [label for label in values if label not in labels]
         places = [labels.index(label) for label in values]
-        axis.plot(places, list(values.values()), label=name, **_look(name, index))
+        axis.plot(places, list(values.values()), label=name, **look_of(name, index))
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.yaxis.set_minor_formatter(NullFormatter())
@@ -93,7 +94,7 @@ def _changes(axis: Any, result: EvaluationResult, names: Sequence[str]) -> None:
             [labels.index(label) for label in shared],
             [100 * (values[label] / reference[label] - 1) for label in shared],
             label=name,
-            **_look(name, index),
+            **look_of(name, index),
         )
     axis.set_title(f"change against {_BASELINE}, %")
     _positions(axis, labels, result)
@@ -127,7 +128,7 @@ def _bars(axis: Any, result: EvaluationResult, names: Sequence[str]) -> None:
         grid = result.variants[name].niah
         assert grid is not None
         share = grid.accuracy_beyond
-        look = _look(name, index)
+        look = look_of(name, index)
         axis.bar(index, share, color=look["color"], width=0.7)
         axis.text(index, share + 0.02, f"{share:.0%}", ha="center", fontsize=9)
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
@@ -139,7 +140,8 @@ def _bars(axis: Any, result: EvaluationResult, names: Sequence[str]) -> None:
     axis.grid(alpha=0.25, axis="y")
 
 
-def _look(name: str, index: int) -> dict[str, Any]:
+def look_of(name: str, index: int) -> dict[str, Any]:
+    """How a variant is drawn; one without a look of its own gets the spare one at `index`."""
     return _LOOKS.get(name, {"color": _SPARE[index % len(_SPARE)], "marker": "."})
 
 
@@ -152,7 +154,12 @@ def _describe(result: EvaluationResult) -> str:
     return ", ".join(parts)
 
 
-def _save(figure: Any, stem: Path) -> tuple[Path, Path]:
+def save_figure(figure: Any, stem: Path) -> tuple[Path, Path]:
+    """Save a figure as PNG and SVG; each appears complete or not at all.
+
+    Raises:
+        InvalidInputError: a folder that cannot be written.
+    """
     paths = (stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg"))
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
