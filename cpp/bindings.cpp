@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "rosakit/bitflip.hpp"
+#include "rosakit/bitflip_tied.hpp"
 #include "rosakit/matcher.hpp"
 #include "rosakit/memory.hpp"
 #include "rosakit/pool.hpp"
@@ -106,6 +107,47 @@ void def_bitflip(nb::module_& m) {
         nb::arg("min_length"), nb::call_guard<nb::gil_scoped_release>());
 }
 
+template <class T>
+void bitflip_tied_arrays(In<T, 3> x, In<T, 3> v, bool flip_values, MaybeIn<i32, 2> starts,
+                         In<double, 4> grad, In<double, 2> e0, In<double, 2> e1,
+                         MaybeIn<double, 2> e_null, bool unmatched_self, Out<double, 4> credit,
+                         u32 max_length, u32 min_length) {
+  TiedBitflipCall<T> call;
+  call.batch = x.shape(0), call.routes = x.shape(1), call.time = x.shape(2);
+  call.bits = static_cast<unsigned>(grad.shape(3));
+  const auto stream = [&](const auto& a) {
+    return a.shape(0) == call.batch && a.shape(1) == call.routes && a.shape(2) == call.time;
+  };
+  const auto level = [&](const auto& a) {
+    return a.shape(0) == call.routes && a.shape(1) == call.bits;
+  };
+  expect(stream(v) && stream(grad) && stream(credit) && credit.shape(3) == call.bits,
+         "x, v must have shape [B, R, T], grad and the result [B, R, T, M]");
+  expect(level(e0) && level(e1) && (!e_null || level(*e_null)),
+         "e0, e1, e_null must have shape [R, M]");
+  expect(call.bits >= 1 && call.bits <= 16, "1 to 16 bits can be flipped");
+  expect(!starts || (starts->shape(0) == call.batch && starts->shape(1) == call.time),
+         "segment_starts must have shape [B, T]");
+  call.x = x.data(), call.v = v.data(), call.flip_values = flip_values;
+  call.segment_starts = starts ? starts->data() : nullptr;
+  call.grad = grad.data(), call.e0 = e0.data(), call.e1 = e1.data();
+  call.e_null = e_null ? e_null->data() : nullptr;
+  call.unmatched_self = unmatched_self;
+  call.credit = credit.data();
+  call.max_length = max_length, call.min_length = min_length;
+  bitflip_tied(call);
+}
+
+template <class T>
+void def_bitflip_tied(nb::module_& m) {
+  m.def("bitflip_tied", &bitflip_tied_arrays<T>, nb::arg("x").noconvert(),
+        nb::arg("v").noconvert(), nb::arg("flip_values"),
+        nb::arg("segment_starts").noconvert().none(), nb::arg("grad").noconvert(),
+        nb::arg("e0").noconvert(), nb::arg("e1").noconvert(), nb::arg("e_null").noconvert().none(),
+        nb::arg("unmatched_self"), nb::arg("credit").noconvert(), nb::arg("max_length"),
+        nb::arg("min_length"), nb::call_guard<nb::gil_scoped_release>());
+}
+
 void successors_arrays(In<i32, 2> tokens, MaybeIn<i32, 2> starts, Out<i32, 3> position,
                        Out<i32, 3> length, u32 max_length, u32 min_length) {
   SuccessorCall call;
@@ -165,6 +207,8 @@ NB_MODULE(_core, m) {
   def_match<i32>(m);
   def_bitflip<u8>(m);
   def_bitflip<u16>(m);
+  def_bitflip_tied<u8>(m);
+  def_bitflip_tied<u16>(m);
   m.def("best_successors", &successors_arrays, nb::arg("tokens").noconvert(),
         nb::arg("segment_starts").noconvert().none(), nb::arg("position").noconvert(),
         nb::arg("length").noconvert(), nb::arg("max_length"), nb::arg("min_length"),

@@ -8,9 +8,9 @@ The exact single-bit finite difference of RWKV-8 and wind_rosa (semantics 3)::
 with ``slope(x) = 1 / (2 (1 + |x|)^2)`` or RWKV-8's ``1 / (2 max(|x|, floor))``. A flip of v only
 changes what its readers read, so its credit is a scatter along the hard route.
 
-The naive form matches ``2 T M`` flipped copies of the streams. The core does all flips of a
-stream in one quadratic sweep (docs/estimators/bitflip.md). ``stride > 1`` samples: the flips of
-two random, mirrored combs of coordinates, weighted so that the expectation is the exact credit.
+How the credit is computed: `rosakit.ops.estimators.bitflip_credit`. ``stride > 1`` samples: the
+flips of two random, mirrored combs of coordinates, weighted so that the expectation is the exact
+credit.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from rosakit import symbols
-from rosakit.errors import InvalidInputError, warn_once
-from rosakit.native import bitflip as native_bitflip
+from rosakit.errors import InvalidInputError
 from rosakit.ops import rows
+from rosakit.ops.estimators.bitflip_credit import NONE, QUERY_KEY, STREAM, credit
 from rosakit.ops.estimators.registry import MatchOptions, register
 from rosakit.ops.retrieve import read_bits, retrieve_forward
 from rosakit.types import Match, Unmatched
 
 Slope = Literal["softsign", "inverse"]
-_COPIES = 1 << 22  # symbols of flipped copies matched at once by the naive form
+Tied = Literal["none", "qk", "qkv"]
 
 
 @register("bitflip")
@@ -46,7 +46,7 @@ def bitflip(
     e_null: Tensor | None = None,
     slope: Slope = "softsign",
     floor: float = 1e-3,
-    tied: bool = False,
+    tied: bool | Tied = False,
     stride: int = 1,
 ) -> tuple[Tensor, Match]:
     """Hard retrieval forward, exact finite differences backward.
@@ -57,8 +57,9 @@ def bitflip(
         slope: "softsign": ``1 / (2 (1 + |x|)^2)``; "inverse": ``1 / (2 max(|x|, floor))``, the
             reference of RWKV-8.
         floor: of "inverse".
-        tied: q, k and v are one tensor, whose bit flips in all three at once (RWKV-8's 1-bit
-            layer). The whole gradient is returned as that of `q`.
+        tied: True or "qkv": q, k and v are one tensor, whose bit flips in all three at once
+            (RWKV-8's 1-bit layer); "qk": q and k are. The joint gradient is returned as that of
+            `q`, and zeros for the others of the one tensor.
         stride: 1: every flip. Larger: a random share ``2 / stride`` of the flips of q and k,
             unbiased; for streams too long for the quadratic sweep.
 
@@ -72,6 +73,9 @@ def bitflip(
         raise InvalidInputError(f"slope must be 'softsign' or 'inverse', got {slope!r}")
     if not floor > 0:
         raise InvalidInputError(f"floor must be positive, got {floor}")
+    joint = {False: NONE, True: STREAM}[tied] if isinstance(tied, bool) else tied
+    if joint not in (NONE, QUERY_KEY, STREAM):
+        raise InvalidInputError(f"tied must be a bool, 'qk' or 'qkv', got {tied!r}")
     if stride < 1:
         raise InvalidInputError(f"stride must be at least 1, got {stride}")
     phase = torch.randint(stride, (1,)) if stride > 1 else torch.zeros(1, dtype=torch.int64)
@@ -93,168 +97,10 @@ def bitflip(
         unmatched,
         slope,
         floor,
-        tied,
+        joint,
         stride,
     )
     return y, Match(position, length)
-
-
-def credit_naive(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    e0: Tensor,
-    e1: Tensor,
-    e_null: Tensor | None,
-    *,
-    bits: int,
-    match: MatchOptions,
-    unmatched: str,
-    tied: bool = False,
-    phases: tuple[int, ...] = (0,),
-    stride: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """The definition: flip, match again, read again, take the difference.
-
-    Every route flips the same place and bit at once, since routes are independent.
-
-    Args:
-        grad: ``[B, T, C]``.
-        phases, stride: flip only coordinates ``u * M + m = phase (mod stride)``; each counts
-            ``stride / len(phases)``.
-
-    Returns:
-        Credit of q and of k ``[B, T, C]``; with `tied` the joint credit, and zeros.
-    """
-    batch, length, channels = q.shape
-    work = torch.promote_types(grad.dtype, torch.float32)
-    g = grad.to(work)
-    streams = (q > 0, k > 0, v > 0)
-    now = _read(streams, e0, e1, e_null, bits, match, unmatched, work)
-    shape = (batch, length * bits, channels // bits)
-    out = [torch.zeros(shape, dtype=work, device=q.device) for _ in "qk"]
-    flips = torch.cat([torch.arange(p, length * bits, stride) for p in phases]).to(q.device)
-    weight = stride / len(phases)
-    per_call = max(1, _COPIES // max(1, q.numel()))
-    for some in flips.split(per_call):
-        mask = torch.zeros(len(some), length, 1, bits, dtype=torch.bool, device=q.device)
-        mask[torch.arange(len(some), device=q.device), some // bits, 0, some % bits] = True
-        mask = mask.expand(-1, -1, channels // bits, -1).flatten(2)[:, None]
-        for which, credit in enumerate(out if not tied else out[:1]):
-            flipped = tuple(
-                x ^ mask if tied or n == which else x.expand(len(some), *x.shape)
-                for n, x in enumerate(streams)
-            )
-            y = _read(flipped, e0, e1, e_null, bits, match, unmatched, work)
-            by_route = ((y - now) * g).unflatten(-1, (-1, bits)).sum((2, 4))  # [n, B, R]
-            credit.index_add_(1, some, by_route.transpose(0, 1) * weight)
-    return tuple(  # type: ignore[return-value]
-        x.view(batch, length, bits, -1).transpose(2, 3).flatten(2) for x in out
-    )
-
-
-def _read(
-    streams: tuple[Tensor, ...],
-    e0: Tensor,
-    e1: Tensor,
-    e_null: Tensor | None,
-    bits: int,
-    match: MatchOptions,
-    unmatched: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The hard output of boolean channels ``[(n,) B, T, C]``."""
-    lead = streams[0].shape[:-2]
-    q, k, v = (x.flatten(0, -3) for x in streams)
-    starts = match.segment_starts
-    if starts is not None and len(lead) > 1:
-        starts = starts.repeat(lead[0], 1)
-    position, _, _ = torch.ops.rosakit.suffix_match(
-        symbols.pack(q, bits),
-        symbols.pack(k, bits),
-        starts,
-        match.granularity,
-        match.successor,
-        match.max_length or 0,
-        match.min_length,
-        0,
-        match.backend,
-    )
-    y = retrieve_forward(v.to(dtype), position, e0, e1, e_null, bits, unmatched)
-    return y.view(*lead, *y.shape[1:])
-
-
-def _credit_core(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    e0: Tensor,
-    e1: Tensor,
-    e_null: Tensor | None,
-    bits: int,
-    match: MatchOptions,
-    unmatched: str,
-) -> tuple[Tensor, Tensor]:
-    """All flips in the core's one sweep."""
-
-    def levels(e: Tensor) -> Any:
-        return e.detach().double().cpu().view(-1, bits).numpy()
-
-    starts = match.segment_starts
-    theta = grad.detach().double().cpu().unflatten(2, (-1, bits)).transpose(1, 2).contiguous()
-    credits = native_bitflip.bitflip_credit(
-        symbols.pack(q, bits).cpu().numpy(),
-        symbols.pack(k, bits).cpu().numpy(),
-        symbols.pack(v, bits).cpu().numpy(),
-        theta.numpy(),
-        levels(e0),
-        levels(e1),
-        e_null=None if e_null is None else levels(e_null),
-        unmatched_self=unmatched == "self",
-        segment_starts=None if starts is None else starts.cpu().numpy(),
-        max_length=match.max_length,
-        min_length=match.min_length,
-    )
-    credit_q, credit_k = (
-        torch.from_numpy(x).transpose(1, 2).flatten(2).to(grad.device) for x in credits
-    )
-    return credit_q, credit_k
-
-
-def credit(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    e0: Tensor,
-    e1: Tensor,
-    e_null: Tensor | None,
-    *,
-    bits: int,
-    match: MatchOptions,
-    unmatched: str,
-    tied: bool,
-    phase: int,
-    stride: int,
-) -> tuple[Tensor, Tensor]:
-    """Credit of q and k by the cheapest exact way, or sampled where ``stride > 1``."""
-    options: dict[str, Any] = {"bits": bits, "match": match, "unmatched": unmatched, "tied": tied}
-    if stride > 1:
-        mirrored = (phase, stride - 1 - phase)
-        return credit_naive(
-            grad, q, k, v, e0, e1, e_null, phases=mirrored, stride=stride, **options
-        )
-    engine = "oracle" if match.backend == "oracle" else "cpu"
-    if tied or match.granularity != "token" or engine == "oracle":
-        return credit_naive(grad, q, k, v, e0, e1, e_null, **options)
-    if not native_bitflip.built():
-        warn_once("rosakit: bitflip without the compiled core matches every flipped stream again")
-        return credit_naive(grad, q, k, v, e0, e1, e_null, **options)
-    if q.device.type == "cuda":
-        warn_once("rosakit: bitflip runs on the CPU core; the tensors travel there and back")
-    return _credit_core(grad, q, k, v, e0, e1, e_null, bits, match, unmatched)
 
 
 def slope_of(x: Tensor, slope: str, floor: float) -> Tensor:
@@ -286,7 +132,7 @@ def _bitflip_op(
     unmatched: str,
     slope: str,
     floor: float,
-    tied: bool,
+    tied: str,
     stride: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     position, length, _ = torch.ops.rosakit.suffix_match(
@@ -322,7 +168,7 @@ def _(
     unmatched: str,
     slope: str,
     floor: float,
-    tied: bool,
+    tied: str,
     stride: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, channels = q.shape
@@ -352,7 +198,7 @@ def _bitflip_backward_op(
     unmatched: str,
     slope: str,
     floor: float,
-    tied: bool,
+    tied: str,
     stride: int,
     addresses: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -395,7 +241,7 @@ def _bitflip_backward_op(
         )
         dq = -credit_q * slope_of(q.to(work), slope, floor)
         dk = -credit_k * slope_of(k.to(work), slope, floor)
-    if tied:
+    if tied == STREAM:
         dv = torch.zeros_like(dv)
     dq, dk, dv = (d.to(x.dtype).contiguous() for d, x in ((dq, q), (dk, k), (dv, v)))
     return (
@@ -429,7 +275,7 @@ def _(
     unmatched: str,
     slope: str,
     floor: float,
-    tied: bool,
+    tied: str,
     stride: int,
     addresses: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
