@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rosakit.errors import InvalidInputError, UnsupportedModelError
+from rosakit.tuning import attention_forms as forms
 from rosakit.tuning.context import ForwardContext, Shared
 from rosakit.tuning.window import block_attention
 
@@ -23,7 +24,7 @@ NAME = "rosakit_window"
 ATTRIBUTE = "rosa_window"
 """Attribute of an attention module that holds its `LayerWindow`."""
 
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask", "cache")
+_UNSUPPORTED = ("position_bias", "head_mask", "cache")
 
 
 class LayerWindow:
@@ -34,13 +35,19 @@ class LayerWindow:
         sink_tokens: first tokens visible beyond the window.
         native: the model's own sliding window of this layer, or None.
         shared: where the current forward pass is found when the model passes no keywords down.
+        form: how attention is computed, see `rosakit.tuning.attention_forms`.
     """
 
     def __init__(
-        self, window: int | None, sink_tokens: int, native: int | None, shared: Shared
+        self,
+        window: int | None,
+        sink_tokens: int,
+        native: int | None,
+        shared: Shared,
+        form: forms.Form = "sdpa",
     ) -> None:
         self.window, self.sink_tokens = window, sink_tokens
-        self.native, self.shared = native, shared
+        self.native, self.shared, self.form = native, shared, form
 
     def restriction(self, said: int | None) -> tuple[int | None, int]:
         """Window and sinks of a call: ours, unless the model's own window is no larger.
@@ -97,17 +104,29 @@ def rosakit_window(
     assert plan is not None
     context.attended += 1
     window, sinks = layer.restriction(kwargs.get("sliding_window"))
+    scores = forms.Scores(scaling, kwargs.get("softcap"), kwargs.get("s_aux"), dropout)
+    held, keys = layer.window is not None, key.shape[2]
+    if layer.form == "flex" and query.shape[2] >= forms.FLEX_QUERIES:
+        mask = plan.once(
+            ("flex", window, sinks, keys, held),
+            lambda: forms.block_mask(plan.query, plan.keys(keys, held), window, sinks),
+        )
+        return forms.flexible(query, key, value, mask, scores), None
     if plan.wants_blocks(window, sinks):
         assert window is not None
         blocks = plan.blocks(window, sinks)
-        return block_attention(query, key, value, blocks, scaling=scaling, dropout=dropout), None
-    mask = plan.mask(window, sinks, key.shape[2], held=layer.window is not None)
-    if mask is not None and mask.shape[0] != query.shape[0]:
-        mask = mask.expand(query.shape[0], -1, -1, -1)
-    out: Tensor = sdpa_attention_forward(
-        module, query, key, value, mask, dropout=dropout, scaling=scaling
-    )[0]
-    return out, None
+        plain = layer.form != "eager" and scores.plain
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            if not plain:
+                return forms.eager(q, k, v, mask, scores)
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling
+            )
+
+        return block_attention(query, key, value, blocks, attend), None
+    mask = plan.mask(window, sinks, keys, held=held)
+    return forms.dense(module, query, key, value, mask, scores, layer.form), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

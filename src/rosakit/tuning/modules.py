@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rosakit.errors import InvalidInputError, InvalidTypeError, UnsupportedModelError
+from rosakit.tuning.attention_forms import Form, form_of
 
 _INPUT_NORMS = ("input_layernorm", "ln_1", "self_attn_layer_norm", "attention_norm", "norm1")
 
@@ -63,10 +64,12 @@ def attention_sites(decoder: Any) -> list[AttentionSite]:
     recorded = getattr(decoder, "_can_record_outputs", None) or {}
     kinds, part = _classes(recorded.get("attentions"))
     if not kinds:
+        kinds = _named_attentions(decoder)
+    if not kinds:
         raise UnsupportedModelError(
-            f"{type(decoder).__name__} does not declare its attention modules "
-            "(_can_record_outputs['attentions']), so its attention cannot be windowed and no "
-            "adapter can be placed beside it"
+            f"{type(decoder).__name__} declares no attention modules "
+            "(_can_record_outputs['attentions']) and has none in its layers that is called so; "
+            "rosakit needs one attention a layer"
         )
     modules: dict[str, nn.Module] = dict(decoder.named_modules())
     sites: list[AttentionSite] = []
@@ -98,6 +101,20 @@ def _classes(declared: Any) -> tuple[tuple[type, ...], str | None]:
     return ((target,), getattr(declared, "layer_name", None)) if target is not None else ((), None)
 
 
+def _named_attentions(decoder: Any) -> tuple[type, ...]:
+    """Classes called attention among the children of the decoder's layers."""
+    return tuple(
+        {
+            type(child)
+            for stack in decoder.children()
+            if isinstance(stack, nn.ModuleList) and len(stack) == decoder.config.num_hidden_layers
+            for layer in stack
+            for child in layer.children()
+            if type(child).__name__.endswith("Attention")
+        }
+    )
+
+
 def _native_window(attention: nn.Module, index: int) -> int | None:
     config: Any = getattr(attention, "config", None)
     kinds = getattr(config, "layer_types", None)
@@ -124,11 +141,11 @@ def check_windowable(decoder: Any, sites: list[AttentionSite]) -> None:
         or decoder._can_set_attn_implementation()
     ):
         refuse("it does not go through transformers' AttentionInterface")
-    if not getattr(decoder, "_supports_sdpa", False):
-        refuse("it has no scaled-dot-product form")
     config = decoder.config
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        refuse(f"it soft-caps its attention scores ({config.attn_logit_softcapping})")
+    # Without a scaled-dot-product form a model does something to its scores; two things are known.
+    known = getattr(config, "attn_logit_softcapping", None) is not None or has_sink_logits(sites)
+    if not getattr(decoder, "_supports_sdpa", False) and not known:
+        refuse("it has no scaled-dot-product form")
     if any("chunked" in kind for kind in getattr(config, "layer_types", None) or ()):
         refuse("it attends in chunks")
     if getattr(config, "alibi", False):
@@ -136,6 +153,24 @@ def check_windowable(decoder: Any, sites: list[AttentionSite]) -> None:
     for site in sites:
         if not getattr(site.attention, "is_causal", True):
             refuse(f"{site.name} is not causal")
+
+
+def has_sink_logits(sites: list[AttentionSite]) -> bool:
+    """Whether the attentions have learned sink logits (gpt-oss)."""
+    return any(isinstance(getattr(site.attention, "sinks", None), nn.Parameter) for site in sites)
+
+
+def window_form(decoder: Any, sites: list[AttentionSite]) -> Form:
+    """The form of windowed attention for the implementation that the model was loaded with.
+
+    Raises:
+        UnsupportedModelError: an implementation that cannot compute a window with sinks.
+    """
+    return form_of(
+        decoder.config._attn_implementation,
+        sinks=has_sink_logits(sites),
+        name=type(decoder).__name__,
+    )
 
 
 def check_token_route(model: Any) -> nn.Module:

@@ -94,7 +94,7 @@ class AttentionPlan:
         self.plain, self.whole, self.clear = plain, whole, clear
         self.contiguous, self.block = contiguous, block
         self._masks: dict[tuple[Any, ...], Tensor | None] = {}
-        self._blocks: dict[tuple[int, int], Blocks] = {}
+        self._made: dict[tuple[Any, ...], Any] = {}
 
     def mask(self, window: int | None, sink_tokens: int, keys: int, *, held: bool) -> Tensor | None:
         """Dense mask ``[B or 1, 1, q, keys]``; None where causal attention is the same.
@@ -119,23 +119,36 @@ class AttentionPlan:
             kept = sink_tokens if self.whole else 0
             if window is None or keys <= window + kept:
                 return None
+        return visible(self.query, self.keys(keys, held), window, sink_tokens)[:, None]
+
+    def keys(self, count: int, held: bool) -> Positions:
+        """Positions ``[B or 1, count]`` of a layer's keys.
+
+        Raises:
+            InvalidInputError: the layer has more keys than tokens were seen.
+        """
         source = self.windowed() if held else self.full()
         total = source.rank.shape[1]
-        if keys > total:
+        if count > total:
             raise InvalidInputError(
-                f"an attention layer holds {keys} keys where {total} tokens were seen; the cache "
+                f"an attention layer holds {count} keys where {total} tokens were seen; the cache "
                 "was changed outside the model, start with a fresh one"
             )
         # A cache that keeps the last keys only (a model's own sliding window) holds the tail.
-        key = Positions(source.segment[:, total - keys :], source.rank[:, total - keys :])
-        return visible(self.query, key, window, sink_tokens)[:, None]
+        return Positions(source.segment[:, total - count :], source.rank[:, total - count :])
+
+    def once(self, name: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once a forward pass."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     def blocks(self, window: int, sink_tokens: int) -> Blocks:
         """The block form's layout and masks."""
-        name = (window, sink_tokens)
-        if name not in self._blocks:
-            self._blocks[name] = Blocks(self.query, window, sink_tokens)
-        return self._blocks[name]
+        made: Blocks = self.once(
+            ("blocks", window, sink_tokens), lambda: Blocks(self.query, window, sink_tokens)
+        )
+        return made
 
     def wants_blocks(self, window: int | None, sink_tokens: int) -> bool:
         """Whether whole sequences this long are computed in blocks."""
@@ -223,9 +236,7 @@ def block_attention(
     key: Tensor,
     value: Tensor,
     blocks: Blocks,
-    *,
-    scaling: float | None,
-    dropout: float,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Windowed attention of whole sequences in ``O(T W)``; equals the dense-mask form.
 
@@ -233,6 +244,8 @@ def block_attention(
         query: ``[B, H, T, D]``.
         key, value: ``[B, G, T, D]`` with ``H`` a multiple of ``G``.
         blocks: the layout for this batch's positions.
+        attend: attention of ``[N, H', q, D]`` queries with as many key heads under a bool mask
+            ``[N, 1, q, k]``; `H'` may be several rows' heads.
 
     Returns:
         ``[B, T, H, D]``.
@@ -248,7 +261,7 @@ def block_attention(
     else:
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         mask = mask.flatten(0, 1)[:, None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    out = attend(q, k, v, mask)
     if blocks.mask.shape[0] == 1:
         out = out.transpose(0, 1).reshape(batch, heads, -1, out.shape[-1])
     else:
