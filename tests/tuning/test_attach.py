@@ -226,13 +226,13 @@ def test_nothing_of_a_pass_is_kept_even_after_an_error():
     model = attached(**EVERYTHING)
     model(tokens(1, 9))
     assert model.rosa._candidates is None
-    assert model.rosa._shared.current is None
+    assert model.rosa.shared.current is None
     with pytest.raises(ValueError, match="2-D"):
         model(tokens(1, 9), attention_mask=torch.ones(1, 1, 9, 9))
     with pytest.raises(IndexError):
         model(torch.full((1, 9), 10_000))
     assert model.rosa._candidates is None
-    assert model.rosa._shared.current is None
+    assert model.rosa.shared.current is None
     model(tokens(1, 9))
 
 
@@ -276,6 +276,12 @@ def tiny_config(kind, **changes):
     )
 
 
+def with_implementation(model, name):
+    """As if the model had been loaded so (its package may be missing here)."""
+    model.config._attn_implementation = name
+    return model
+
+
 @pytest.mark.parametrize(
     "make,options,kind,message",
     [
@@ -286,10 +292,10 @@ def tiny_config(kind, **changes):
         (build, {"estimator": "magic"}, InvalidInputError, "magic"),
         (lambda: nn.Linear(2, 2), {}, InvalidTypeError, "got Linear"),
         (
-            lambda: Gemma2ForCausalLM(tiny_config(Gemma2Config)),
+            lambda: with_implementation(build(), "flash_attention_2"),
             {},
             UnsupportedModelError,
-            "Gemma2Model cannot be windowed",
+            "attn_implementation='flash_attention_2', which computes no window",
         ),
         (
             lambda: Gemma2ForCausalLM(tiny_config(Gemma2Config, attn_logit_softcapping=None)),

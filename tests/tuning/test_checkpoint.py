@@ -47,7 +47,7 @@ def test_round_trip(saved):
 
 def test_names_do_not_depend_on_the_architecture(saved):
     names = set(rosa_parameters(saved[0]))
-    assert {"layers.0.q_proj.weight", "layers.2.e_null", "token_route.keep_bias"} <= names
+    assert {"layers.0.projections.w_q.weight", "layers.2.e_null", "token_route.keep_bias"} <= names
     assert names == set(rosa_parameters(attached("gpt_neox", **OPTIONS)))
 
 
@@ -152,7 +152,7 @@ BROKEN = {
         lambda p: (p / "rosa_config.json").write_text("[]"),
         r"not a rosakit checkpoint",
     ),
-    "newer": (lambda p: edit(p, format_version=2), r"format version 2, this rosakit reads 1"),
+    "newer": (lambda p: edit(p, format_version=3), r"format version 3, this rosakit reads 1"),
     "a part missing": (lambda p: edit(p, base_model=None), r"lacks a part"),
     "unknown option": (lambda p: edit(p, config={"windo": 3}), r"no field 'windo'; did you mean"),
     "bad option": (lambda p: edit(p, config={"bits": 99}), r"at most 16, got 99"),

@@ -253,8 +253,8 @@ def test_learning_rates(finished):
     groups = parameter_groups(finished.model, config)
     rates = {id(p): g["lr"] for g in groups for p in g["params"]}
     names = {n: rates[id(p)] for n, p in trained(finished.model).items()}
-    assert {r for n, r in names.items() if "q_proj.weight" in n and "layers.1." in n[:9]} == {0.1}
-    assert names["layers.1.v_proj.weight"] == 1.0
+    assert {r for n, r in names.items() if "w_q.weight" in n and "layers.1." in n[:9]} == {0.1}
+    assert names["layers.1.projections.w_v.weight"] == 1.0
     assert names["token_route.keep_bias"] == 5.0
     assert {r for n, r in names.items() if ".lora_" in n} == {3.0}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from rosakit import symbols
 from rosakit.errors import InvalidInputError
 from rosakit.layers.context import RosaContext
+from rosakit.layers.projection import Projection, Projections
+from rosakit.ops import ahead
+from rosakit.ops.ahead import Ahead
 from rosakit.ops.estimators import registry
 from rosakit.ops.match import check_options as check_match_options
 from rosakit.ops.retrieve import retrieve
@@ -18,6 +21,15 @@ from rosakit.types import NO_MATCH, Granularity, Match, Successor, Unmatched
 
 Inject = Literal["post_attn", "pre_attn"]
 Address = Literal["learned", "token"]
+AdapterBackend = Literal["auto", "cpu", "cuda", "pipeline"]
+
+
+class Begun(NamedTuple):
+    """Queries and keys of one call, and the match that was begun for them."""
+
+    q: Tensor
+    k: Tensor
+    ahead: Ahead
 
 
 class RosaAdapter(nn.Module):
@@ -49,7 +61,12 @@ class RosaAdapter(nn.Module):
         address: "learned" (projections q and k), or "token": the exact token-id match, shared by
             all routes; then the adapter has no q and k.
         tied_start: start the key projection as a copy of the query projection.
+        backend: who matches whole sequences: "auto" (the device of the symbols), "cpu", "cuda", or
+            "pipeline": the CPU, beside what the GPU does between `begin` and the read. "pipeline"
+            needs estimator "counterfactual".
         layer_index: the decoder layer that the adapter belongs to.
+        rank: rank of each projection; None for whole matrices.
+        projections: projections shared with other adapters, which own them; None for its own.
         device: where the parameters live.
         dtype: their type.
 
@@ -75,7 +92,10 @@ class RosaAdapter(nn.Module):
         retrieve: bool = True,
         address: Address = "learned",
         tied_start: bool = True,
+        backend: AdapterBackend = "auto",
         layer_index: int = 0,
+        rank: int | None = None,
+        projections: Projections | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -89,6 +109,7 @@ class RosaAdapter(nn.Module):
             ("inject", inject, ("post_attn", "pre_attn")),
             ("unmatched", unmatched, ("zero", "self", "null")),
             ("address", address, ("learned", "token")),
+            ("backend", backend, ("auto", "cpu", "cuda", "pipeline")),
         ):
             if value not in allowed:
                 raise InvalidInputError(f"{name} must be one of {allowed}, got {value!r}")
@@ -98,7 +119,12 @@ class RosaAdapter(nn.Module):
             raise InvalidInputError(
                 "address='token' shares one unlimited token match; leave max_length at None"
             )
-        check_match_options(granularity, successor, max_length, min_length, bits, "auto")
+        if backend == "pipeline" and estimator != "counterfactual":
+            raise InvalidInputError(
+                f"backend='pipeline' serves estimator='counterfactual', not {estimator!r}; "
+                "use backend='auto'"
+            )
+        check_match_options(granularity, successor, max_length, min_length, bits, backend)
         registry.check_options(estimator, estimator_options or {})
         self.hidden_size, self.bits, self.routes = hidden_size, bits, routes
         self.estimator, self.estimator_options = estimator, dict(estimator_options or {})
@@ -107,18 +133,23 @@ class RosaAdapter(nn.Module):
         self.max_length, self.min_length = max_length, min_length
         self.own_value, self.retrieve, self.address = own_value, retrieve, address
         self.tied_start, self.layer_index = tied_start, layer_index
+        self.backend = backend
 
         channels = routes * bits
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = self.k_proj = None
-        if address == "learned":
-            self.q_proj = nn.Linear(hidden_size, channels, bias=False, **options)
-            self.k_proj = nn.Linear(hidden_size, channels, bias=False, **options)
-        self.v_proj = nn.Linear(hidden_size, channels, bias=False, **options)
-        self.o_proj = nn.Linear(channels, hidden_size, bias=False, **options)
-        self.own_proj = (
-            nn.Linear(channels, hidden_size, bias=False, **options) if own_value else None
-        )
+        if projections is None:
+            self.projections = Projections(
+                hidden_size,
+                channels,
+                rank,
+                addresses=address == "learned",
+                own_value=own_value,
+                tied_start=tied_start,
+                **options,
+            )
+        else:
+            # Out of the module tree: they belong to whoever shares them.
+            self.__dict__["projections"] = projections
         self.e0 = nn.Parameter(torch.empty(channels, **options))
         self.e1 = nn.Parameter(torch.empty(channels, **options))
         self.e_null = (
@@ -128,21 +159,40 @@ class RosaAdapter(nn.Module):
         self.reset_parameters()
 
     @property
+    def q_proj(self) -> Projection | None:
+        """``W_q``, None with ``address="token"``."""
+        return self.projections.w_q
+
+    @property
+    def k_proj(self) -> Projection | None:
+        """``W_k``, None with ``address="token"``."""
+        return self.projections.w_k
+
+    @property
+    def v_proj(self) -> Projection:
+        """``W_v``."""
+        return self.projections.w_v
+
+    @property
+    def o_proj(self) -> Projection:
+        """``W_o``."""
+        return self.projections.w_o
+
+    @property
+    def own_proj(self) -> Projection | None:
+        """The own value's output map, None without ``own_value``."""
+        return self.projections.w_own
+
+    @property
     def channels(self) -> int:
         """Width ``R * M`` of q, k, v and y."""
         return self.routes * self.bits
 
     def reset_parameters(self) -> None:
-        """The function-preserving start described in the class."""
+        """The function-preserving start described in the class; shared projections stay."""
+        if "projections" in self._modules:
+            self.projections.reset_parameters()
         with torch.no_grad():
-            for projection in (self.q_proj, self.k_proj, self.v_proj):
-                if projection is not None:
-                    nn.init.normal_(projection.weight, std=self.hidden_size**-0.5)
-            if self.tied_start and self.q_proj is not None and self.k_proj is not None:
-                self.k_proj.weight.copy_(self.q_proj.weight)
-            self.o_proj.weight.zero_()
-            if self.own_proj is not None:
-                self.own_proj.weight.zero_()
             self.e0.fill_(-1.0)
             self.e1.fill_(1.0)
             if self.e_null is not None:
@@ -151,10 +201,42 @@ class RosaAdapter(nn.Module):
                 # sigmoid(-4) = 2%: the mix starts close to the attention's own input.
                 self.alpha.fill_(-4.0)
 
-    def forward(self, u: Tensor, context: RosaContext) -> Tensor:
-        """What to inject: ``[B, T, H]`` from the normalised hidden states ``u [B, T, H]``."""
+    def begin(self, u: Tensor, context: RosaContext) -> Begun | None:
+        """Start the match of ``u [B, T, H]``, for `forward` to read later.
+
+        None where nothing runs ahead: another backend, another address, or a cache in use.
+        """
+        if (
+            self.backend != "pipeline"
+            or not self.retrieve
+            or context.states is not None
+            or self.q_proj is None
+            or self.k_proj is None
+        ):
+            return None
+        q, k = self.q_proj(u), self.k_proj(u)
+        started = ahead.begin(
+            q,
+            k,
+            bits=self.bits,
+            granularity=self.granularity,
+            successor=self.successor,
+            max_length=self.max_length,
+            min_length=self.min_length,
+            segment_starts=context.segment_starts,
+        )
+        return Begun(q, k, started)
+
+    def forward(self, u: Tensor, context: RosaContext, begun: Begun | None = None) -> Tensor:
+        """What to inject: ``[B, T, H]`` from the normalised hidden states ``u [B, T, H]``.
+
+        Args:
+            begun: what `begin` returned for the same `u` and `context`, if it was called.
+        """
+        if begun is None:
+            begun = self.begin(u, context)
         v = self.v_proj(u)
-        y, match = self._read(u, v, context)
+        y, match = self._read(u, v, context, begun)
         if context.record and match is not None:
             context.matches[self.layer_index] = match
         out: Tensor = self.o_proj(y)
@@ -169,7 +251,9 @@ class RosaAdapter(nn.Module):
         own = own.expand(v.shape[0], self.routes, length)
         return retrieve(v, own, self.e0, self.e1, bits=self.bits)
 
-    def _read(self, u: Tensor, v: Tensor, context: RosaContext) -> tuple[Tensor, Match | None]:
+    def _read(
+        self, u: Tensor, v: Tensor, context: RosaContext, begun: Begun | None
+    ) -> tuple[Tensor, Match | None]:
         if not self.retrieve:
             return self._own(v), None
         if context.states is not None:
@@ -188,9 +272,10 @@ class RosaAdapter(nn.Module):
             return y, match
         assert self.q_proj is not None
         assert self.k_proj is not None
+        q, k = (self.q_proj(u), self.k_proj(u)) if begun is None else (begun.q, begun.k)
         return rosa(
-            self.q_proj(u),
-            self.k_proj(u),
+            q,
+            k,
             v,
             self.e0,
             self.e1,
@@ -203,6 +288,8 @@ class RosaAdapter(nn.Module):
             max_length=self.max_length,
             min_length=self.min_length,
             segment_starts=context.segment_starts,
+            backend=self.backend,
+            given=None if begun is None else begun.ahead,
             return_match=True,
             **self.estimator_options,
         )

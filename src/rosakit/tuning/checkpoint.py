@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from rosakit.tuning.config import RosaConfig
 from rosakit.tuning.modules import decoder_of
 
 FORMAT = "rosakit-adapter"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 named an adapter's projections ``q_proj`` …, and had whole matrices only."""
 CONFIG_FILE = "rosa_config.json"
 
 _FREE = {
@@ -44,6 +46,8 @@ _FREE = {
 """Options that may differ between a checkpoint and the model it is loaded into: what the loaded
 parameters mean does not depend on them."""
 
+
+_OLD_NAME = re.compile(r"\b(q|k|v|o|own)_proj\.")
 
 _SAMPLED_ROWS = 64
 """Rows of the embedding that go into the digest of the base model."""
@@ -214,9 +218,9 @@ def read_description(path: Path) -> dict[str, Any]:
             "directory that save_adapter wrote"
         )
     version = values.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise CheckpointError(
-            f"{file} has format version {version!r}, this rosakit reads {FORMAT_VERSION}; "
+            f"{file} has format version {version!r}, this rosakit reads 1 to {FORMAT_VERSION}; "
             "install the version of rosakit that wrote it, or a newer one"
         )
     part = values.get("tensors")
@@ -237,7 +241,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 def _config(path: Path, description: dict[str, Any]) -> RosaConfig:
     try:
-        return RosaConfig.from_dict(description["config"])
+        return RosaConfig.from_saved(description["config"])
     except (InvalidInputError, InvalidTypeError) as error:
         raise CheckpointError(
             f"{path / CONFIG_FILE} holds a configuration that this rosakit refuses: {error}"
@@ -305,6 +309,8 @@ def _read_tensors(path: Path, description: dict[str, Any]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_tensors(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{file} is no safetensors file ({error}); {remedy}") from error
+    if description["format_version"] == 1:
+        tensors = {_OLD_NAME.sub(r"projections.w_\1.", n): t for n, t in tensors.items()}
     return tensors
 
 

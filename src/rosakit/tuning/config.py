@@ -18,6 +18,9 @@ from rosakit.tuning.fields import check_fields, check_names, option
 
 __all__ = ["RosaConfig"]
 
+_BEFORE = {"projection_rank": None}
+"""Values of fields before they existed, where those differ from the defaults of today."""
+
 
 @dataclass
 class RosaConfig:
@@ -79,6 +82,19 @@ class RosaConfig:
     tied_start: bool = option(
         True, "Start the key projection as a copy of the query projection, so that matches exist."
     )
+    projection_rank: int | None = option(
+        64,
+        "Rank of an adapter's projections; none for whole matrices (about ten times as large).",
+        low=1,
+    )
+    share_projections: bool = option(
+        False, "One set of projections for all layers; each layer keeps its own levels e0 and e1."
+    )
+    backend: Literal["auto", "cpu", "cuda", "pipeline"] = option(
+        "auto",
+        "Who matches whole sequences: auto (the GPU where there is one), or pipeline: the CPU, "
+        "beside the layer's attention.",
+    )
     adapter_dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
         "float32", "Data type of the adapters' parameters; auto follows the model."
     )
@@ -90,7 +106,7 @@ class RosaConfig:
     token_units: int = option(16, "Token route: hidden units of its gate.", low=0)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check_fields(self, RosaConfig)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -99,6 +115,11 @@ class RosaConfig:
             if len(set(items)) != len(items):
                 raise InvalidInputError(f"RosaConfig.{name} names a layer twice: {list(items)}")
         check_options(self.estimator, self.estimator_options)
+        if self.backend == "pipeline" and self.estimator != "counterfactual":
+            raise InvalidInputError(
+                "RosaConfig.backend='pipeline' serves estimator='counterfactual', not "
+                f"{self.estimator!r}; use backend='auto'"
+            )
         if self.max_length is not None and self.max_length < self.min_length:
             raise InvalidInputError(
                 f"RosaConfig.max_length ({self.max_length}) is below min_length "
@@ -139,6 +160,11 @@ class RosaConfig:
         """
         check_names(cls, values, "RosaConfig")
         return cls(**values)
+
+    @classmethod
+    def from_saved(cls, values: Mapping[str, Any]) -> RosaConfig:
+        """`from_dict` of stored values: fields that are younger than the file get what it had."""
+        return cls.from_dict({**_BEFORE, **values})
 
     def to_json(self) -> str:
         """The fields as indented JSON."""

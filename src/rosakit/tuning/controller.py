@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from transformers import DynamicCache
 
 from rosakit.errors import InvalidInputError, UnsupportedModelError, warn_once
 from rosakit.layers import RosaContext, TokenCandidates, TokenRoute
+from rosakit.layers.projection import Projections
 from rosakit.layers.token_match import best_successors, gather_candidates
 from rosakit.ops import suffix_match
 from rosakit.tuning import layout
 from rosakit.tuning.cache import RosaCacheLayer, prepare_cache
 from rosakit.tuning.config import RosaConfig
 from rosakit.tuning.context import CONTEXT, ForwardContext, Shared
+from rosakit.tuning.inject import InjectedAdapter
 from rosakit.tuning.modules import argument_names, takes_keywords
 from rosakit.tuning.window import AttentionPlan, positions
 from rosakit.types import Match
@@ -31,7 +34,8 @@ class RosaController(nn.Module):
         shared: where layers find the current pass.
         decoder: the decoder stack (only its signature is read).
         top: the model that owns the output embedding (only its signature is read).
-        has_adapters: whether decoder layers have adapters.
+        injected: the adapters by layer index.
+        projections: the projections that all of them share, or None.
 
     Attributes:
         original_attention: the attention implementation to restore, None without a window.
@@ -48,14 +52,17 @@ class RosaController(nn.Module):
         *,
         decoder: nn.Module,
         top: nn.Module,
-        has_adapters: bool,
+        injected: dict[int, InjectedAdapter],
+        projections: Projections | None,
     ) -> None:
         super().__init__()
         self.config, self.windowed, self.token_route = config, windowed, token_route
-        self.has_adapters = has_adapters
+        self.projections = projections
+        # A plain dict: the adapters belong to the decoder layers, where they are sharded and moved.
+        self.injected = injected
         self.original_attention: str | None = None
         self.recorder: list[RosaContext] | None = None
-        self._shared = shared
+        self.shared = shared
         self._candidates: TokenCandidates | None = None
         self._logits_to_keep: int | Tensor = 0
         self._decoder_names = argument_names(decoder.forward)
@@ -76,7 +83,7 @@ class RosaController(nn.Module):
     def after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook, also after an error: forgets the pass."""
         self._candidates, self._logits_to_keep = None, 0
-        self._shared.current = None
+        self.shared.current = None
 
     def after_head(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Forward hook on the output embedding: logits become mixed log probabilities."""
@@ -135,14 +142,14 @@ class RosaController(nn.Module):
             context.rosa.record = True
             self.recorder.append(context.rosa)
         self._candidates = context.rosa.candidates
-        self._shared.current = context
+        self.shared.current = context
         if self._decoder_keywords:
             named[CONTEXT] = context
         return (), named
 
     def after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook, also after an error: checks that the windows were used."""
-        context, self._shared.current = self._shared.current, None
+        context, self.shared.current = self.shared.current, None
         if output is None or context is None or context.plan is None:
             return
         # In training some architectures drop layers at random, so one call is enough there.
@@ -156,7 +163,7 @@ class RosaController(nn.Module):
     @property
     def _needs_ids(self) -> bool:
         return self.token_route is not None or (
-            self.has_adapters and self.config.address == "token"
+            bool(self.injected) and self.config.address == "token"
         )
 
     def _cache(self, decoder: Any, named: dict[str, Any], packed: bool) -> RosaCacheLayer | None:
@@ -171,7 +178,7 @@ class RosaController(nn.Module):
         if cache is None:
             wanted = getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
             learning = torch.is_grad_enabled() and any(
-                p.requires_grad for p in self._own_parameters(decoder)
+                p.requires_grad for p in self.own_parameters()
             )
             if wanted and (decoder.training and (learning or checkpointing)):
                 if use_cache:
@@ -190,13 +197,11 @@ class RosaController(nn.Module):
         window = self.config.window
         return prepare_cache(cache, self.windowed, window, self.config.sink_tokens)
 
-    def _own_parameters(self, decoder: nn.Module) -> list[nn.Parameter]:
-        own = list(self.parameters())
-        for module in decoder.modules():
-            sibling = module._modules.get("rosa")
-            if sibling is not None and sibling is not self:
-                own.extend(sibling.parameters())
-        return own
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters that the attachment added."""
+        yield from self.parameters()
+        for injected in self.injected.values():
+            yield from injected.parameters()
 
     def _whole(
         self, ids: Tensor | None, starts: Tensor | None, length: int, device: torch.device

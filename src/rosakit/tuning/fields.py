@@ -40,8 +40,13 @@ def option(
     return dataclasses.field(default=default, metadata={"help": help_text, **bounds})
 
 
-def check_fields(config: Any) -> None:
+def check_fields(config: Any, kind: type[Any] | None = None) -> None:
     """Check each field of a dataclass against its annotation and range.
+
+    Args:
+        config: the instance.
+        kind: the class whose fields are checked, for subclasses that mix in foreign fields; None
+            for its own.
 
     Values are stored in the annotated type: lists become tuples, a single name a tuple of one,
     paths text, and numbers that YAML reads as text (``1e-4``, without a point) numbers.
@@ -50,9 +55,9 @@ def check_fields(config: Any) -> None:
         InvalidTypeError: a value of the wrong type; the message names field, type and value.
         InvalidInputError: a value out of range or none of the choices.
     """
-    kind = type(config)
+    kind = type(config) if kind is None else kind
     hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(config):
+    for field in dataclasses.fields(kind):
         name = f"{kind.__name__}.{field.name}"
         value = _read(name, getattr(config, field.name), hints[field.name])
         if isinstance(value, int | float):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rosakit.layers import RosaAdapter
+from rosakit.layers import RosaAdapter, RosaContext
+from rosakit.layers.adapter import Begun
 from rosakit.tuning.context import Shared
 
 
@@ -31,12 +32,24 @@ class InjectedAdapter(nn.Module):
         self.adapter = adapter
         self._shared = shared
         self._residual: Tensor | None = None
+        self._begun: Begun | None = None
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook on the attention: starts the match that `post_attn` reads.
+
+        A recomputation under gradient checkpointing runs both hooks again; what one that stopped
+        halfway has begun is dropped here.
+        """
+        u, context = self._input(module, args, kwargs)
+        self._begun = self.adapter.begin(u, context)
 
     def post_attn(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Forward hook on the attention: adds the injection to its output."""
-        injected = self._injection(module, _hidden(args, kwargs), kwargs)
+        begun, self._begun = self._begun, None
+        u, context = self._input(module, args, kwargs)
+        injected = self.adapter(u, context, begun)
         if isinstance(output, tuple):
             return (output[0] + injected.to(output[0].dtype), *output[1:])
         return output + injected.to(output.dtype)
@@ -52,7 +65,7 @@ class InjectedAdapter(nn.Module):
         assert self.adapter.alpha is not None
         h, self._residual = self._residual, None
         assert h is not None
-        injected = self._injection(module, _hidden(args, kwargs), kwargs)
+        injected = self.adapter(*self._input(module, args, kwargs))
         mixed = h + (self.adapter.alpha.float().exp() * injected.float()).to(h.dtype)
         # `forward`, not a call: the norm's hook must not see its own second use.
         mixed = self._norm().forward(mixed)
@@ -67,12 +80,15 @@ class InjectedAdapter(nn.Module):
     def _norm(self) -> Any:
         return self.__dict__["_norm_module"]
 
-    def _injection(self, module: nn.Module, u: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _input(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, RosaContext]:
+        """What the adapter reads: the attention's own input, in the adapter's dtype."""
+        u = _hidden(args, kwargs)
         context = self._shared.context_of(module, kwargs).rosa
         if not torch.is_autocast_enabled(u.device.type):
-            u = u.to(self.adapter.v_proj.weight.dtype)
-        injected: Tensor = self.adapter(u, context)
-        return injected
+            u = u.to(self.adapter.v_proj.dtype)
+        return u, context
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -13,6 +13,7 @@ from rosakit.errors import CheckpointError, InvalidInputError, InvalidTypeError
 from rosakit.files import atomic_write
 from rosakit.tuning.attach import freeze_base, is_attached
 from rosakit.tuning.checkpoint import CONFIG_FILE, load_adapter, save_adapter
+from rosakit.tuning.config import RosaConfig
 from rosakit.tuning.lora import SETTINGS_FILE, load_lora, lora_parameters, save_lora
 from rosakit.tuning.settings import TuneConfig
 from rosakit.tuning.sources import load_model
@@ -115,8 +116,17 @@ def read_run(folder: str | os.PathLike[str]) -> TuneConfig:
         raise CheckpointError(f"{folder} is no result of rosakit tune: it has no {RUN_FILE}")
     try:
         values = json.loads(path.read_text())
+        if isinstance(values.get("rosa"), dict):
+            values["rosa"] = RosaConfig.from_saved(values["rosa"])
         return TuneConfig.from_dict(values)
-    except (ValueError, OSError, TypeError, InvalidInputError, InvalidTypeError) as error:
+    except (
+        AttributeError,
+        ValueError,
+        OSError,
+        TypeError,
+        InvalidInputError,
+        InvalidTypeError,
+    ) as error:
         raise CheckpointError(f"{path} is corrupt: {error}; train again or restore it") from error
 
 

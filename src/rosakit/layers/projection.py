@@ -1,0 +1,132 @@
+"""The linear maps of an adapter: whole or of low rank, its own or shared by all layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rosakit.errors import InvalidInputError
+
+__all__ = ["Projection", "Projections"]
+
+
+class Projection(nn.Module):
+    """A linear map without bias, ``[..., in] -> [..., out]``.
+
+    Not an `nn.Linear`, so that tools that replace a model's linear layers by class (LoRA on all
+    linear layers, quantisation) leave the adapters alone.
+
+    Args:
+        in_features, out_features: widths.
+        rank: rank of the map, written as ``up @ down``; None, or a rank that would save nothing,
+            for a whole matrix `weight`.
+        device: where the parameters live.
+        dtype: their type.
+
+    Raises:
+        InvalidInputError: a rank below 1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if rank is not None and rank < 1:
+            raise InvalidInputError(f"the rank of a projection must be at least 1, got {rank}")
+        self.in_features, self.out_features = in_features, out_features
+        whole = rank is None or rank * (in_features + out_features) >= in_features * out_features
+        self.rank = None if whole else rank
+
+        def empty(*shape: int | None) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))  # type: ignore[arg-type]
+
+        if whole:
+            self.weight = empty(out_features, in_features)
+        else:
+            self.down, self.up = empty(rank, in_features), empty(out_features, rank)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters."""
+        return next(self.parameters()).dtype
+
+    @torch.no_grad()
+    def reset(self, *, zero: bool = False) -> None:
+        """Draw anew, so that inputs of unit variance give outputs of unit variance.
+
+        Args:
+            zero: make the map zero, with a gradient at the first step: only its last factor is 0.
+        """
+        std = self.in_features**-0.5
+        if self.rank is None:
+            nn.init.zeros_(self.weight) if zero else nn.init.normal_(self.weight, std=std)
+            return
+        nn.init.normal_(self.down, std=std)
+        nn.init.zeros_(self.up) if zero else nn.init.normal_(self.up, std=self.rank**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rank is None:
+            return F.linear(x, self.weight)
+        return F.linear(F.linear(x, self.down), self.up)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}"
+
+
+class Projections(nn.Module):
+    """``W_q``, ``W_k``, ``W_v``, ``W_o`` and the own value's output map (semantics section 4).
+
+    Args:
+        hidden_size: width H of the model.
+        channels: width C of q, k, v and y.
+        rank: rank of each map; None for whole matrices.
+        addresses: whether there are ``W_q`` and ``W_k``.
+        own_value: whether there is the own value's map.
+        tied_start: start ``W_k`` as a copy of ``W_q``.
+        device: where the parameters live.
+        dtype: their type.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        channels: int,
+        rank: int | None = None,
+        *,
+        addresses: bool = True,
+        own_value: bool = False,
+        tied_start: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.tied_start = tied_start
+
+        def map_of(in_features: int, out_features: int) -> Projection:
+            return Projection(in_features, out_features, rank, device=device, dtype=dtype)
+
+        self.w_q = map_of(hidden_size, channels) if addresses else None
+        self.w_k = map_of(hidden_size, channels) if addresses else None
+        self.w_v = map_of(hidden_size, channels)
+        self.w_o = map_of(channels, hidden_size)
+        self.w_own = map_of(channels, hidden_size) if own_value else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Addresses and values of unit variance, outputs zero."""
+        for projection in (self.w_q, self.w_k, self.w_v):
+            if projection is not None:
+                projection.reset()
+        if self.tied_start and self.w_q is not None and self.w_k is not None:
+            self.w_k.load_state_dict(self.w_q.state_dict())
+        self.w_o.reset(zero=True)
+        if self.w_own is not None:
+            self.w_own.reset(zero=True)
