@@ -67,7 +67,7 @@ def match(
     narrow: bool = False,
     warp_search: int = 24,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`rosakit.cuda.match` of uint8 ``[B, R, T]``; not `shared`: everything in global memory.
+    """`rosakit.cuda.match` of symbols ``[B, R, T]``; not `shared` (as wide ones always are): everything in global memory.
 
     `warp_search` and LARGE_RANGE are small, so that short streams reach the search by a whole
     thread block and the ranges that are kept apart.
@@ -76,6 +76,7 @@ def match(
         library = build("runs", CF=flips, THREADS=64, MIN_BLOCKS=1, RANK_SHARED=int(shared))
     else:
         places = ("RANK_SHARED", "K_SHARED", "Q_SHARED", "ENTRIES_SHARED", "CHAINS_SHARED")
+        shared = shared and q.dtype == np.uint8
         levels = (2, 2, 2, 1, 1) if shared else (0, 0, 0, 0, 0)
         library = build(
             "match",
@@ -84,6 +85,7 @@ def match(
             MIN_BLOCKS=1,
             INDEX_BYTES=2 if shared else 4,
             NARROW_CHAINS=int(narrow and not shared),
+            WIDE=0 if q.dtype == np.uint8 else q.dtype.itemsize,
             WARP_SEARCH=warp_search,
             LARGE_RANGE=9,
             **dict(zip(places, levels, strict=True)),

@@ -57,12 +57,22 @@ def test_run_plans_fit(length):
     assert plan.scratch_bytes >= 26 * length
 
 
+@pytest.mark.parametrize("length", [1, 16384, 1 << 19])
+@pytest.mark.parametrize("symbol_bytes", [2, 4])
+def test_wide_plans_fit(length, symbol_bytes):
+    plan = matcher.wide_plan(length, symbol_bytes)
+    assert plan.shared_bytes <= SHARED_LIMIT
+    assert plan.scratch_bytes >= length * (8 + 8 + 8 + 2 * symbol_bytes)
+
+
 def test_refusals():
     symbols = torch.zeros(1, 2, 8, dtype=torch.uint8)
     with pytest.raises(InvalidInputError, match="CUDA device"):
         matcher.check(symbols, symbols, None, 0)
     with pytest.raises(InvalidTypeError, match="uint8"):
-        matcher.check(symbols.int(), symbols.int(), None, 0)
+        matcher.check(symbols.long(), symbols.long(), None, 0)
+    with pytest.raises(InvalidTypeError, match="run granularity"):
+        matcher.check(symbols.int(), symbols.int(), None, 0, "run")
     with pytest.raises(InvalidInputError, match="one shape"):
         matcher.check(symbols, symbols[..., :4], None, 0)
     with pytest.raises(InvalidInputError, match="granularity"):

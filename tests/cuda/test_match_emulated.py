@@ -95,12 +95,46 @@ def test_alphabets(bits, flips, depth):
     check(150, bits, flips, bits, min_depth=depth, max_depth=depth)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits, flips", [(4, 0), (8, 0), (4, 4), (2, 3)])
 @pytest.mark.parametrize("narrow", [False, True])
-def test_everything_in_global_memory(bits, narrow):
+def test_everything_in_global_memory(bits, flips, narrow):
+    places = {"shared": False, "narrow": narrow}
+    check(220, bits, flips, bits, **places)
     starts = segments(220, bits)
-    check(220, bits, 0, bits, shared=False, narrow=narrow)
-    check(220, bits, 0, bits, segment_starts=starts, shared=False, narrow=narrow, warp_search=512)
+    check(220, bits, flips, bits, segment_starts=starts, warp_search=512, **places)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_length": 3}, {"min_length": 4}, {"min_length": 2, "max_length": 9}]
+)
+@pytest.mark.parametrize("depth", [1, 2, 6])
+def test_flips_that_are_noted_first(options, depth):
+    """In global memory a flip is noted level by level and its entry read once."""
+    places = {"shared": False, "min_depth": depth, "max_depth": depth}
+    check(150, 2, 4, depth, **places, **options)
+    check(150, 4, 4, depth, segment_starts=segments(150, depth), **places, **options)
+
+
+@pytest.mark.parametrize("dtype, bits", [(np.uint16, 3), (np.uint16, 13), (np.int32, 18)])
+@pytest.mark.parametrize("depth", [2, 6])
+def test_wide_symbols(dtype, bits, depth):
+    """uint16 symbols and token ids: as many digits as the route uses."""
+    rng = np.random.default_rng(bits)
+    names = rng.permutation(1 << bits)[:24]
+    q, k = (names[x % 24].astype(dtype) for x in pairs(160, 5, bits))
+    flips = 0 if dtype == np.int32 else bits
+    for rules in ({}, {"segment_starts": segments(160, 1)}, {"min_length": 2, "max_length": 7}):
+        starts = rules.get("segment_starts")
+        expected = suffix_match_oracle(
+            torch.from_numpy(q),
+            torch.from_numpy(k),
+            counterfactual_bits=flips,
+            **{**rules, "segment_starts": None if starts is None else torch.from_numpy(starts)},
+        )
+        got = emulated.match(q, k, flips=flips, min_depth=depth, max_depth=depth, **rules)
+        for name, mine, right in zip(expected._fields, got, expected, strict=True):
+            if right is not None:
+                assert np.array_equal(mine, right.numpy()), (name, list(rules))
 
 
 @pytest.mark.parametrize("successor", ["available", "strict"])

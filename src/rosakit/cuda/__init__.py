@@ -57,20 +57,15 @@ def available() -> bool:
 def supports(
     q: Tensor, *, granularity: str = "token", counterfactual_bits: int = 0, **_: object
 ) -> bool:
-    """Whether ``backend="auto"`` gives these symbols to `match` (else to the CPU core).
+    """Whether the kernels take these symbols at this granularity (else the CPU core does)."""
+    from rosakit.cuda.matcher import MAX_POSITIONS, SYMBOL_DTYPES
 
-    Run granularity has to be asked for by ``backend="cuda"``: the last correction of its kernel was
-    tested in the emulator and not yet on a GPU.
-    """
-    import torch
-
-    from rosakit.cuda.matcher import MAX_POSITIONS
-
+    narrow = q.dtype == SYMBOL_DTYPES[0]
     return (
         q.is_cuda
-        and q.dtype == torch.uint8
-        and granularity == "token"
-        and counterfactual_bits <= 8
+        and q.dtype in SYMBOL_DTYPES
+        and (narrow or granularity == "token")
+        and counterfactual_bits <= (8 if narrow else 16)
         and q.shape[-1] <= MAX_POSITIONS
     )
 
@@ -89,11 +84,12 @@ def match(
     """Exact suffix match on the GPU (semantics section 2), on the current stream, without a sync.
 
     Args:
-        q, k: uint8 symbols ``[B, R, T]`` on one CUDA device.
+        q, k: symbols ``[B, R, T]`` on one CUDA device: uint8, or at token granularity also uint16
+            and int32 (nonnegative).
         granularity: "token" or "run".
         successor: "available" or "strict", for run granularity.
         segment_starts: int32 ``[B, T]`` on the same device, or None.
-        counterfactual_bits: ``M`` in 0..8.
+        counterfactual_bits: ``M`` in 0..8, with wide symbols 0..16.
 
     Returns:
         Position ``[B, R, T]``, length ``[B, R, T]`` and, for ``M > 0``, counterfactual positions
@@ -108,7 +104,7 @@ def match(
 
     if granularity not in ("token", "run"):
         raise InvalidInputError(f"granularity must be 'token' or 'run', got {granularity!r}")
-    matcher.check(q, k, segment_starts, counterfactual_bits)
+    matcher.check(q, k, segment_starts, counterfactual_bits, granularity)
     return matcher.match(
         q.contiguous(),
         k.contiguous(),

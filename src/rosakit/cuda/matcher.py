@@ -14,6 +14,7 @@ from rosakit.errors import InvalidInputError, InvalidTypeError
 _UNLIMITED = 0xFFFFFFFF
 _SUPERBLOCKS = 128  # as in rank.cuh
 _CONTROL_BYTES = 384
+SYMBOL_DTYPES = (torch.uint8, torch.uint16, torch.int32)
 MAX_POSITIONS = 1 << 19
 """Longest stream: its alive bits and the bases of its ranks have to fit into shared memory."""
 
@@ -121,6 +122,21 @@ def runs_plan(length: int, shared_limit: int) -> Plan:
     return Plan(threads, resident, 4, places, shared, scratch, _super_shift(blocks))
 
 
+def wide_plan(length: int, symbol_bytes: int) -> Plan:
+    """As `plan`, for uint16 and int32 symbols: everything but the bases in global memory."""
+    blocks = (length + 63) // 64
+    threads = 1024 if length > 8192 else 512 if length > 2048 else 256
+    digits = 4 if symbol_bytes == 2 else 8
+    shared = _CONTROL_BYTES + digits * _SUPERBLOCKS * 64 + _round((length // 32 + 2) * 4)
+    scratch = 2 * _round(length * 4 + 16) + digits * blocks * 64 + 2 * blocks * 256
+    scratch += _round(length * 8)
+    places = dict.fromkeys(
+        ("RANK_SHARED", "K_SHARED", "Q_SHARED", "ENTRIES_SHARED", "CHAINS_SHARED"), 0
+    )
+    places["NARROW_CHAINS"] = 0
+    return Plan(threads, 1, 4, tuple(sorted(places.items())), shared, scratch, _super_shift(blocks))
+
+
 def _super_shift(blocks: int) -> int:
     shift = 0
     while ((blocks - 1) >> shift) + 1 > _SUPERBLOCKS:
@@ -185,12 +201,13 @@ def _launch(
     # torch's stubs lack the field.
     shared_limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     sources: tuple[str, ...]
+    wide = 0 if q.dtype == torch.uint8 else q.element_size()
     if granularity == "run":
         chosen = runs_plan(length, shared_limit)
         sources, name = ("rank.cuh", "runs.cu"), "suffix_match_runs"
     else:
-        chosen = plan(length, flips, shared_limit)
-        sources, name = ("rank.cuh", "chains.cuh", "match.cu"), "suffix_match"
+        chosen = wide_plan(length, wide) if wide else plan(length, flips, shared_limit)
+        sources, name = ("rank.cuh", "chains.cuh", "level.cuh", "match.cu"), "suffix_match"
     macros = {
         "CF": flips,
         "THREADS": chosen.threads,
@@ -199,6 +216,7 @@ def _launch(
     }
     if granularity == "token":
         macros["INDEX_BYTES"] = chosen.index_bytes
+        macros["WIDE"] = wide
     kernel = compile.load(sources, (name,), macros, q.device)[name]
     grid = min(batch * routes, properties.multi_processor_count * chosen.resident)
     scratch = torch.empty(grid * chosen.scratch_bytes + 16, dtype=torch.uint8, device=q.device)
@@ -216,16 +234,26 @@ def _launch(
     )
 
 
-def check(q: Tensor, k: Tensor, segment_starts: Tensor | None, counterfactual_bits: int) -> None:
+def check(
+    q: Tensor,
+    k: Tensor,
+    segment_starts: Tensor | None,
+    counterfactual_bits: int,
+    granularity: str = "token",
+) -> None:
     """Refuse what the kernels cannot take."""
     if q.dim() != 3 or q.shape != k.shape:
         raise InvalidInputError(
             f"q and k must have one shape [B, R, T], got {list(q.shape)} and {list(k.shape)}"
         )
-    if q.dtype != torch.uint8 or k.dtype != torch.uint8:
+    if q.dtype not in SYMBOL_DTYPES or k.dtype != q.dtype:
         raise InvalidTypeError(
-            f"the GPU matcher takes uint8 symbols (up to 8 bits), got {q.dtype} and {k.dtype}; "
-            "use backend='cpu' for wider symbols and token ids"
+            f"the GPU matcher takes uint8, uint16 or int32 symbols, got {q.dtype} and {k.dtype}"
+        )
+    if granularity == "run" and q.dtype != torch.uint8:
+        raise InvalidTypeError(
+            f"the GPU matcher takes uint8 symbols at run granularity, got {q.dtype}; "
+            "use backend='cpu' for wider ones"
         )
     if not q.is_cuda or q.device != k.device:
         raise InvalidInputError(f"q and k must be on one CUDA device, got {q.device}, {k.device}")
@@ -234,8 +262,11 @@ def check(q: Tensor, k: Tensor, segment_starts: Tensor | None, counterfactual_bi
             f"the GPU matcher takes up to {MAX_POSITIONS} positions, got {q.shape[2]}; "
             "use backend='cpu'"
         )
-    if not 0 <= counterfactual_bits <= 8:
-        raise InvalidInputError(f"counterfactual_bits must be in 0..8, got {counterfactual_bits}")
+    most = 8 if q.dtype == torch.uint8 else 16
+    if not 0 <= counterfactual_bits <= most:
+        raise InvalidInputError(
+            f"counterfactual_bits must be in 0..{most} for {q.dtype}, got {counterfactual_bits}"
+        )
     if segment_starts is not None and (
         segment_starts.dtype != torch.int32
         or list(segment_starts.shape) != [q.shape[0], q.shape[2]]

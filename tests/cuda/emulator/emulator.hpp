@@ -24,6 +24,7 @@
 
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 struct dim3 { unsigned x = 1, y = 1, z = 1; };
 
@@ -155,6 +156,10 @@ template <typename T> T __shfl_up_sync(unsigned mask, T value, unsigned by) {
   const unsigned lane = threadIdx.x % 32;
   return __shfl_sync(mask, value, lane >= by ? lane - by : lane);
 }
+template <typename T> T __shfl_down_sync(unsigned mask, T value, unsigned by) {
+  const unsigned lane = threadIdx.x % 32;
+  return __shfl_sync(mask, value, lane + by < 32 ? lane + by : lane);
+}
 inline void __syncwarp() { emu::collect(0); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
@@ -177,6 +182,11 @@ inline long long __float2ll_rn(float x) { return std::llrint(x); }
 template <typename T> T atomicAdd(T* at, T by) {
   const T old = *at;
   *at += by;
+  return old;
+}
+inline unsigned atomicOr(unsigned* at, unsigned bits) {
+  const unsigned old = *at;
+  *at |= bits;
   return old;
 }
 template <typename T> T atomicMax(T* at, T value) {

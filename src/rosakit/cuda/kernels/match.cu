@@ -15,17 +15,25 @@
 // that can be extended is the latest longest one of the next position) and searches its range where
 // they do not.
 //
-// Compile-time: CF (flipped bits, 0..8), THREADS, MIN_BLOCKS, INDEX_BYTES (2 up to 65536 positions,
+// Compile-time: CF (flipped bits, 0..8, wide: 0..16), WIDE (bytes of a wide symbol, 2 or 4; 0: one
+// byte), THREADS, MIN_BLOCKS, INDEX_BYTES (2 up to 65536 positions,
 // else 4), NARROW_CHAINS (1: 4-byte entries, up to 131072 positions), and what lives in shared
 // memory: ENTRIES_SHARED, CHAINS_SHARED (0, 1), RANK_SHARED, K_SHARED, Q_SHARED (0, 1: for 4-bit symbols only, 2: for 8-bit symbols too).
 
 constexpr u32 NONE = 0xffffffffu;
+#if WIDE == 2
+typedef u16 Symbol;
+#elif WIDE == 4
+typedef u32 Symbol;
+#else
+typedef u8 Symbol;
+#endif
 
 struct Control {          // in shared memory, one a block
   u32 totals[16];
   u32 alive;              // chains alive after the level
   u32 drop;               // sum over chains of log2 of how much their range shrank
-  u32 high_digit;         // whether any symbol of the route needs a second digit
+  u32 used;               // bits that any symbol of the route has set
   u32 next;               // work counter of the walk
   u32 pending;            // runs that wait for a search by the whole block
   u32 pending_after;
@@ -53,59 +61,6 @@ __device__ __forceinline__ bool same_segment(const Route& r, u32 first, u32 t) {
 }
 
 template <int SB>
-struct Level {             // what a chain needs to take one step
-  Rank rank0, rank1;       // of the low and (8-bit symbols) the high digit
-
-  // The image of a range under symbol x; empty where no entry of the range has it.
-  __device__ __forceinline__ Chain step(Chain s, u32 x) const {
-    Chain n = {rank<false>(rank0, s.a, x & 15), rank<true>(rank0, s.b - 1, x & 15)};
-    if (SB == 8 && n.b > n.a) {
-      n = {rank<false>(rank1, n.a, x >> 4), rank<true>(rank1, n.b - 1, x >> 4)};
-    }
-    return n;
-  }
-
-  // One digit: places of x (out[0]) and of x with each low bit flipped (out[1 + m]).
-  template <bool THROUGH>
-  __device__ __forceinline__ void four_flips(u32 p, u32 x, u32* out) const {
-    const uint4 w = rank0.planes[p >> 5];
-    const u32 low = before<THROUGH>(p);
-    const bool upper = p & 32;
-    const u32 side = upper ? low : ~low;
-    const u32 m0 = w.x ^ ((x & 1u) - 1u), m1 = w.y ^ (((x >> 1) & 1u) - 1u);
-    const u32 m2 = w.z ^ (((x >> 2) & 1u) - 1u), m3 = w.w ^ (((x >> 3) & 1u) - 1u);
-    const u32 m01 = m0 & m1 & side, m23 = m2 & m3 & side;
-    const u32 masks[5] = {m01 & m23, ~m0 & m1 & m23, m0 & ~m1 & m23, m01 & ~m2 & m3,
-                          m01 & m2 & ~m3};
-#pragma unroll
-    for (int m = 0; m <= (CF < 4 ? CF : 4); ++m) {
-      const u32 n = __popc(masks[m]);
-      out[m] = rank0.base(p >> 6, m ? x ^ (1u << (m - 1)) : x) + (upper ? n : 0u - n);
-    }
-  }
-
-  // The images under x and under x with each of CF bits flipped.
-  __device__ __forceinline__ void step_all(Chain s, u32 x, u32* a, u32* b) const {
-    if (SB == 4) {
-      four_flips<false>(s.a, x, a);
-      four_flips<true>(s.b - 1, x, b);
-    } else {
-      const Chain low = {rank<false>(rank0, s.a, x & 15), rank<true>(rank0, s.b - 1, x & 15)};
-#pragma unroll
-      for (int m = 0; m <= CF; ++m) {
-        const u32 y = m ? x ^ (1u << (m - 1)) : x;
-        Chain n = low;
-        if (m >= 1 && m <= 4) {
-          n = {rank<false>(rank0, s.a, y & 15), rank<true>(rank0, s.b - 1, y & 15)};
-        }
-        if (n.b > n.a) n = {rank<false>(rank1, n.a, y >> 4), rank<true>(rank1, n.b - 1, y >> 4)};
-        a[m] = n.a, b[m] = n.b;
-      }
-    }
-  }
-};
-
-template <int SB>
 struct Matcher {
   Route route;
   Symbols<SB> q, k;
@@ -126,10 +81,23 @@ struct Matcher {
     auto on = [T](Index e) { return e < T ? (u32)e + 1u : T; };
     auto low_digit = [keys](Index e) { return keys.digit(e, 0); };
     Index* other = spare;
-    if (SB == 4) {
+    if constexpr (SB == 4) {
       partition<BATCH, Index>(level.rank0, blocks, other, control->totals, load, low_digit, on);
       spare = entries;
       entries = other;
+    } else if constexpr (SB == 32) {
+      for (u32 w = 0; w < level.digits; ++w) {
+        const bool last = w + 1 == level.digits;
+        partition<BATCH, Index>(
+            level.rank_of(w), blocks, other, control->totals,
+            [from, d, w, T](u32 p) { return d || w ? (u32)from[p] : min(p, T); },
+            [keys, w](Index e) { return keys.digit(e, w); },
+            [last, T](Index e) { return last && e < T ? (u32)e + 1u : (u32)e; });
+        spare = entries;
+        entries = other;
+        other = spare;
+        from = entries;
+      }
     } else {
       auto load_spare = [other](u32 p) { return (u32)other[p]; };
       partition<BATCH, Index>(level.rank0, blocks, other, control->totals, load, low_digit,
@@ -146,6 +114,10 @@ struct Matcher {
     return start < 0 ? Chain{0, 0} : Chain{(u32)start, c};
   }
 
+  // The flips found at depth d + 1. Deeper levels overwrite shallower ones. Where entries are in
+  // global memory a random read of them for each level would cost most of the time, so only the
+  // place in the level is noted, as a negative number, and `settle` reads the entry once, when the
+  // next level finds nothing deeper.
   __device__ __forceinline__ void write_flips(u32 t, const u32* a, const u32* b, bool first,
                                               bool keep) const {
     if (CF == 0) return;
@@ -155,6 +127,50 @@ struct Matcher {
       const bool found = keep && b[1 + m] > a[1 + m];
       if (found || first) out[m] = found ? (int)entries[b[1 + m] - 1] : -1;
     }
+  }
+
+  static constexpr bool ONCE = CF > 0 && SB == 4 && !ENTRIES_SHARED;
+  struct alignas(CF % 4 == 0 ? 16 : CF % 2 == 0 ? 8 : 4) Flips {
+    int at[CF ? CF : 1];
+  };
+
+  // As write_flips, for every position of a level; `found`: a and b are those of its chain.
+  __device__ __forceinline__ void note_flips(u32 t, const u32* a, const u32* b, bool found,
+                                             u32 d, const Index* before) const {
+    Flips* place = (Flips*)route.flipped + t;
+    Flips now;
+    if (d) {
+      now = *place;
+    } else {
+#pragma unroll
+      for (int m = 0; m < CF; ++m) now.at[m] = -1;
+    }
+    bool changed = d == 0;
+#pragma unroll
+    for (int m = 0; m < CF; ++m) {
+      if (found && b[1 + m] > a[1 + m]) {
+        now.at[m] = -1 - (int)b[1 + m];
+        changed = true;
+      } else if (now.at[m] < -1) {
+        now.at[m] = (int)before[-2 - now.at[m]];
+        changed = true;
+      }
+    }
+    if (changed) *place = now;
+  }
+
+  // What is still noted for position t, read from the level that it was noted in.
+  __device__ __forceinline__ void settle(u32 t, const Index* level_entries) const {
+    int* out = route.flipped + (size_t)t * CF;
+#pragma unroll
+    for (int m = 0; m < CF; ++m) {
+      if (out[m] < -1) out[m] = (int)level_entries[-2 - out[m]];
+    }
+  }
+  __device__ void settle_all() const {
+    if (!ONCE) return;
+    for (u32 t = threadIdx.x; t < route.T; t += blockDim.x) settle(t, entries);
+    __syncthreads();
   }
 
   __device__ __forceinline__ void write(u32 i, u32 successor, u32 size) const {
@@ -168,7 +184,7 @@ struct Matcher {
   // which would make it d + 1 long, does not go on: then the result is written, once. (With two
   // digits the entries before are gone, and every level writes over the shallower one's result.)
   __device__ void step_chains(u32 d, const Index* before) {
-    constexpr bool EAGER = SB == 8;
+    constexpr bool EAGER = SB != 4;
     u32 alive = 0, drop = 0;
     const u32 T = route.T, lane = lane_id(), warp = warp_id();
     const bool keep = d + 1 >= route.min_length;
@@ -193,8 +209,9 @@ struct Matcher {
         const Chain s = d == 0 ? initial(c) : chains.open(c, packed[j]);
         const bool was = c < end && s.b > s.a;
         bool now = false;
-        if (was && same_segment(route, c, t)) {
-          u32 a[1 + CF], b[1 + CF];
+        const bool on = was && same_segment(route, c, t);
+        u32 a[1 + CF], b[1 + CF];
+        if (on) {
           if (CF) {
             level.step_all(s, symbol[j], a, b);
           } else {
@@ -212,11 +229,13 @@ struct Matcher {
               route.length[t] = (int)(d + 1);
             }
           }
-          write_flips(t, a, b, d == 0, keep);
-        } else if (d == 0 && c < end) {
+          if (!ONCE) write_flips(t, a, b, d == 0, keep);
+        } else if (!ONCE && d == 0 && c < end) {
 #pragma unroll
           for (int m = 0; m < CF; ++m) route.flipped[(size_t)c * CF + m] = -1;
         }
+        if (ONCE && c < end && t < T) note_flips(t, a, b, on && keep, d, before);
+        if (ONCE && d && c == 0) settle(d - 1, before);  // no chain starts to the left of it
         if (c < end && !now) {
           if (was || d == 0) chains.kill(c);
           if (d == 0) route.position[c] = -1, route.length[c] = 0;
@@ -485,19 +504,21 @@ struct Matcher {
       drop = control->drop;
       ++depth;
       __syncthreads();
-      if (alive == 0) return;
+      if (alive == 0) break;
       if (depth >= route.max_length) {
         if (SB == 4) write_capped(depth);
-        return;
+        break;
       }
     } while (depth < min_depth || (depth < max_depth && drop * 4 > T));
+    settle_all();
+    if (alive == 0 || depth >= route.max_length) return;
     walk_all(depth);
     if (CF) long_flips(depth);
   }
 };
 
 template <int SB>
-__device__ void load_symbols(const u8* source, u32* words, u32 T) {
+__device__ void load_symbols(const Symbol* source, u32* words, u32 T) {
   constexpr u32 N = 32 / SB;
   const u32 count = T / N + 2;
   for (u32 w = threadIdx.x; w < count; w += blockDim.x) {
@@ -519,24 +540,30 @@ struct Workspace {
   Index* entries;
   Index* spare;
   Chains chains;
-  u8* q_words[2];         // for 4-bit and for 8-bit symbols, and so below
+  u8* q_words[2];         // for 4-bit and for wider symbols, and so below
   u8* k_words[2];
   u8* ranks[2];
 
   __device__ Workspace(u8* shared, u8* global, u32 T, u32 blocks) {
     const size_t entry_bytes = (size_t)blocks * 64 * sizeof(Index);
     control = (Control*)carve(shared, sizeof(Control));
-    bases = (u32*)carve(shared, 2 * SUPERBLOCKS * 16 * 4);
+    bases = (u32*)carve(shared, (WIDE ? MAX_DIGITS : 2) * SUPERBLOCKS * 16 * 4);
     alive_words = (u32*)carve(shared, (T / 32 + 2) * 4);
     entries = (Index*)carve(ENTRIES_SHARED ? shared : global, entry_bytes);
     spare = (Index*)carve(ENTRIES_SHARED ? shared : global, entry_bytes);
     const size_t chain_bytes = (size_t)T * sizeof(PackedChain);
     chains.packed = (PackedChain*)carve(CHAINS_SHARED ? shared : global, chain_bytes);
     chains.large = NARROW_CHAINS ? (u32*)carve(global, (size_t)T * 4) : nullptr;
+#if WIDE
+    q_words[1] = carve(global, (size_t)T * 4 + 16);
+    k_words[1] = carve(global, (size_t)T * 4 + 16);
+    ranks[1] = carve(global, MAX_DIGITS * rank_bytes(blocks));
+#else
     // Two places each: one for 4-bit symbols, one twice the size for 8-bit symbols.
     two_places(q_words, Q_SHARED, shared, global, ((size_t)T + 1) / 2 + 16);
     two_places(k_words, K_SHARED, shared, global, ((size_t)T + 1) / 2 + 16);
     two_places(ranks, RANK_SHARED, shared, global, rank_bytes(blocks));
+#endif
   }
   static __device__ void two_places(u8* (&at)[2], int in_shared, u8*& shared, u8*& global,
                                     size_t bytes) {
@@ -551,22 +578,27 @@ struct Workspace {
 };
 
 template <int SB>
-__device__ void solve(const Workspace& w, const Route& route, const u8* q, const u8* k,
-                      u32 super_shift, u32 min_depth, u32 max_depth) {
+__device__ void solve(const Workspace& w, const Route& route, const Symbol* q,
+                      const Symbol* k, u32 used, u32 super_shift, u32 min_depth, u32 max_depth) {
   const u32 blocks = (route.T + 63) / 64;
-  u32* q_words = (u32*)w.q_words[SB == 8];
-  u32* k_words = (u32*)w.k_words[SB == 8];
-  u8* ranks = w.ranks[SB == 8];
+  u32* q_words = (u32*)w.q_words[SB != 4];
+  u32* k_words = (u32*)w.k_words[SB != 4];
+  u8* ranks = w.ranks[SB != 4];
   load_symbols<SB>(q, q_words, route.T);
   load_symbols<SB>(k, k_words, route.T);
   Matcher<SB> m;
   m.route = route;
   m.q.words = q_words;
   m.k.words = k_words;
-  u8* second = ranks + rank_bytes(blocks);
-  m.level.rank0 = {(uint4*)ranks, (u16*)(ranks + (size_t)blocks * 32), w.bases, super_shift};
-  m.level.rank1 = {(uint4*)second, (u16*)(second + (size_t)blocks * 32),
-                   w.bases + SUPERBLOCKS * 16, super_shift};
+  if constexpr (SB == 32) {
+    const u32 digits = max((35u - __clz(used)) / 4, (u32)(CF + 3) / 4);
+    m.level = {ranks, w.bases, blocks, super_shift, max(digits, 1u)};
+  } else {
+    u8* second = ranks + rank_bytes(blocks);
+    m.level.rank0 = {(uint4*)ranks, (u16*)(ranks + (size_t)blocks * 32), w.bases, super_shift};
+    m.level.rank1 = {(uint4*)second, (u16*)(second + (size_t)blocks * 32),
+                     w.bases + SUPERBLOCKS * 16, super_shift};
+  }
   m.entries = w.entries;
   m.spare = w.spare;
   m.chains = w.chains;
@@ -581,7 +613,7 @@ __device__ void solve(const Workspace& w, const Route& route, const u8* q, const
 // q, k: [routes][T]; segments: [routes / routes_per_row][T] or null; position, length: [routes][T];
 // flipped: [routes][T][CF]; scratch: scratch_stride bytes a thread block.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-suffix_match(const u8* __restrict__ q, const u8* __restrict__ k, const int* __restrict__ segments,
+suffix_match(const Symbol* __restrict__ q, const Symbol* __restrict__ k, const int* __restrict__ segments,
              int* position, int* length, int* flipped, u8* scratch, size_t scratch_stride,
              u32 routes, u32 routes_per_row, u32 T, u32 max_length, u32 min_length, u32 super_shift,
              u32 min_depth, u32 max_depth) {
@@ -597,16 +629,22 @@ suffix_match(const u8* __restrict__ q, const u8* __restrict__ k, const int* __re
     const Route route = {segments ? segments + (size_t)(at / routes_per_row) * T : nullptr,
                          position + offset, length + offset, flipped + offset * CF, T, max_length,
                          min_length};
-    if (threadIdx.x == 0) w.control->high_digit = 0;
+    if (threadIdx.x == 0) w.control->used = 0;
     __syncthreads();
-    u32 high = 0;
-    for (u32 i = threadIdx.x; i < T; i += blockDim.x) high |= q[offset + i] | k[offset + i];
-    if (high >= 16) w.control->high_digit = 1;
+    u32 used = 0;
+    for (u32 i = threadIdx.x; i < T; i += blockDim.x) used |= (u32)q[offset + i] | k[offset + i];
+    for (int step = 16; step; step /= 2) used |= __shfl_xor_sync(FULL, used, step);
+    if (lane_id() == 0) atomicOr(&w.control->used, used);
     __syncthreads();
-    if (CF > 4 || w.control->high_digit) {
-      solve<8>(w, route, q + offset, k + offset, super_shift, min_depth, max_depth);
+    used = w.control->used;
+#if WIDE
+    solve<32>(w, route, q + offset, k + offset, used, super_shift, min_depth, max_depth);
+#else
+    if (CF > 4 || used >= 16) {
+      solve<8>(w, route, q + offset, k + offset, used, super_shift, min_depth, max_depth);
     } else {
-      solve<4>(w, route, q + offset, k + offset, super_shift, min_depth, max_depth);
+      solve<4>(w, route, q + offset, k + offset, used, super_shift, min_depth, max_depth);
     }
+#endif
   }
 }

@@ -40,6 +40,19 @@ struct Symbols {
   }
 };
 
+// Wide symbols are not packed.
+template <>
+struct Symbols<32> {
+  const u32* words;
+  static constexpr u32 PER_WORD = 1;
+
+  __device__ __forceinline__ u32 at(u32 i) const { return words[i]; }
+  __device__ __forceinline__ u32 digit(u32 i, u32 which) const {
+    return words[i] >> (4 * which) & 15u;
+  }
+  __device__ __forceinline__ u32 window(u32 end) const { return end ? words[end - 1] : 0u; }
+};
+
 // How many symbols the suffixes that end before q_end and k_end share, knowing the first `known`;
 // never more than `limit`.
 template <int SB>
