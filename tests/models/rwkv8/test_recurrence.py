@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
 
@@ -96,6 +97,34 @@ def test_fla_gets_its_layout(monkeypatch):
     expected, last = wkv7_reference(*arguments)
     torch.testing.assert_close(y.as_subclass(torch.Tensor), expected)
     torch.testing.assert_close(state.as_subclass(torch.Tensor), last)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("fla") is None,
+    reason="needs a CUDA device and flash-linear-attention",
+)
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.bfloat16, 3e-2), (torch.float16, 5e-3)], ids=["bf16", "fp16"]
+)
+@pytest.mark.parametrize("length", [5, 129, 256])
+def test_fla_equals_the_loop_on_a_gpu(length, dtype, tolerance):
+    """flash-linear-attention's kernel: outputs, last state and every gradient."""
+    exact = [x.cuda() for x in inputs(2, length, 2, 16)]
+    narrow = [x.to(dtype) if n != "state" else x.float() for n, x in zip(NAMES, exact, strict=True)]
+    weight = torch.randn_like(exact[3]), torch.randn_like(exact[6])
+    results = []
+    for backend, leaves in (
+        ("reference", [x.double().requires_grad_() for x in narrow]),
+        ("fla", [x.requires_grad_() for x in narrow]),
+    ):
+        y, last = wkv7(*leaves, backend=backend)
+        loss = (y.double() * weight[0]).sum() + (last.double() * weight[1]).sum()
+        results.append((y, last, *torch.autograd.grad(loss, leaves)))
+    names = ("y", "last", *(f"d{name}" for name in NAMES))
+    for name, expected, got in zip(names, *results, strict=True):
+        error = (got.double() - expected).norm() / expected.norm()
+        assert error < tolerance, f"{name}: {error:.1e}"
 
 
 def test_fla_needs_a_gpu():

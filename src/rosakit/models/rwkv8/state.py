@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,15 +66,15 @@ class RosaState:
         batch: B.
         width: R, number of streams.
         bits: bits a symbol; None for token ids.
-        device: device of the values.
+        device: device of the results.
     """
 
     def __init__(
         self, batch: int, width: int, bits: int | None, device: torch.device | str
     ) -> None:
         self.stream = MatchStream(batch, width, bits, device)
-        dtype = torch.int32 if bits is None else symbols.symbol_dtype(bits)
-        self.values = History(batch, width, dtype, device)
+        dtype = np.int32 if bits is None else np.uint8 if bits <= 8 else np.uint16
+        self.values = History(batch, width, dtype)
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Remember symbols ``[B, R, n]`` and read: the value symbols and where one was matched.
@@ -81,9 +82,10 @@ class RosaState:
         Returns:
             ``(value, matched)``, both ``[B, R, n]``; a value is arbitrary where nothing matched.
         """
-        position = self.stream.extend(q, k).to(torch.int64)
-        self.values.append(v, None)
-        return self.values.read(position.clamp(min=0)), position >= 0
+        position = self.stream.extend(q, k)
+        self.values.append(v.cpu().numpy(), None)
+        value = self.values.read(position.clamp(min=0).cpu().numpy())
+        return torch.from_numpy(value).to(v.device), position >= 0
 
     def select(self, rows: Tensor) -> None:
         self.stream.select(rows)
