@@ -254,7 +254,7 @@ class SuffixMemory:
             CheckpointError: it cannot be written; what the file held before is unchanged.
         """
         try:
-            atomic_write(path, self._state.serialize())
+            atomic_write(path, self.to_bytes())
         except OSError as error:
             raise CheckpointError(
                 f"cannot save the memory to {path}: {error.strerror or error}; free some space or "
@@ -272,17 +272,30 @@ class SuffixMemory:
             data = Path(path).read_bytes()
         except OSError as error:
             raise CheckpointError(f"cannot read a memory from {path}: {error}") from error
-        return cls._from_bytes(data, str(path))
+        return cls.from_bytes(data, str(path))
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes, for files that hold more than a memory."""
+        return bytes(self._state.serialize())
 
     @classmethod
-    def _from_bytes(cls, data: bytes, source: str) -> SuffixMemory:
+    def from_bytes(cls, data: bytes | memoryview, source: str = "saved memory") -> SuffixMemory:
+        """A memory from what `to_bytes` gave.
+
+        Args:
+            data: the bytes.
+            source: what messages call them.
+
+        Raises:
+            CheckpointError: truncated, damaged, foreign or too new.
+        """
         try:
-            return cls._wrap(core().SuffixMemory.deserialize(data))
+            return cls._wrap(core().SuffixMemory.deserialize(bytes(data)))
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{source}: {error}") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SuffixMemory._from_bytes, (self._state.serialize(), "pickled memory")
+        return SuffixMemory.from_bytes, (self.to_bytes(), "pickled memory")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SuffixMemory:
         return self.fork()

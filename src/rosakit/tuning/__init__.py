@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rosakit.tuning.data import DataConfig
     from rosakit.tuning.memory import CacheMemory, cache_memory, plan_memory
     from rosakit.tuning.result import load_result
+    from rosakit.tuning.session import Session, load_session, save_session
     from rosakit.tuning.settings import TuneConfig
     from rosakit.tuning.sources import load_model
     from rosakit.tuning.train import TuneResult, tune
@@ -35,6 +36,7 @@ __all__ = [
     "CacheMemory",
     "DataConfig",
     "RosaConfig",
+    "Session",
     "TuneConfig",
     "TuneResult",
     "adapters_of",
@@ -47,10 +49,12 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_result",
+    "load_session",
     "plan_memory",
     "record_matches",
     "rosa_parameters",
     "save_adapter",
+    "save_session",
     "tune",
 ]
 
@@ -71,6 +75,7 @@ _HOME = {
     "DataConfig": "data",
     **dict.fromkeys(("CacheMemory", "cache_memory", "plan_memory"), "memory"),
     "load_result": "result",
+    **dict.fromkeys(("Session", "load_session", "save_session"), "session"),
     "TuneConfig": "settings",
     "load_model": "sources",
     **dict.fromkeys(("TuneResult", "tune"), "train"),

@@ -15,7 +15,7 @@ to its newest token, so that no mask is needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -414,6 +414,23 @@ class WindowIndex:
             source, target = source + self.visible, target + self.sinks
             yield Move(False, slice(source, source + size), slice(target, target + size))
             begin += size
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but `valid` as plain values, for `restore`."""
+        return {
+            "length": self.length,
+            "plain": self.plain,
+            "count": self._count.tolist(),
+            "floor": self._floor.tolist(),
+            "room": self._room,
+            "record_past": self.record_past,
+        }
+
+    def restore(self, facts: dict[str, Any]) -> None:
+        """Become the index that `facts` came from; `valid` is set beside it."""
+        self.length, self.plain = int(facts["length"]), bool(facts["plain"])
+        self._count, self._floor = (torch.tensor(facts[name]) for name in ("count", "floor"))
+        self._room, self.record_past = int(facts["room"]), bool(facts["record_past"])
 
     def select(self, rows: Tensor) -> None:
         """Keep rows in the given order."""
