@@ -1,10 +1,11 @@
 """Time and memory of the GPU engine against windowed and full attention, in one run.
 
-    python benchmarks/gpu/run.py --out docs/results/gpu.json
+    python benchmarks/gpu/run.py --out docs/results/gpu.json      # about three minutes
 
-Every case is checked against a second method before it is timed; a case that fails reports no
-time. Times are medians of CUDA events in milliseconds, after a warm-up. Shape: one batch row, 512
-routes of 4 bits (a 2048-wide model), bfloat16; attention has 16 heads of 128 and 8 key/value heads.
+Every case is checked against the C++ core before it is timed; a case that fails reports no time.
+The file is written after every part. Times are medians of CUDA events in milliseconds, after a
+warm-up. Shape: one batch row, 512 routes of 4 bits (a 2048-wide model), bfloat16; attention has 16
+heads of 128 and 8 key/value heads.
 """
 
 from __future__ import annotations
@@ -12,26 +13,47 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
+import os
 import platform
 import statistics
+import subprocess
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import verify
-from torch import Tensor
+from torch import Tensor, nn
 
 import rosakit
 import streams
 from rosakit import cuda
+from rosakit.files import atomic_write
+from rosakit.layers import RosaAdapter, RosaContext
+from rosakit.ops import suffix_match
 from rosakit.ops.oracle import suffix_match_oracle
 
 ROUTES, BITS, SEED = 512, 4, 20261122
 CHANNELS = ROUTES * BITS
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 TARGET_FAMILIES = ("random", "repeats", "constant")
+TARGET_LENGTH = 16384
+ATTENTION_LENGTHS = (16384, 4096, 65536, 131072)
+# Measured on a machine of the same kind: the CPU pipeline of ROSA-Tuning with 16 threads (forward
+# and flipped queries), and rosa_soft's hard forward in CUDA with the suffix cut at 32.
+PUBLISHED = (
+    ("ROSA-Tuning, CPU pipeline, 16 threads", 249.0, "counterfactual_ms", 16384),
+    ("rosa_soft, CUDA hard forward, suffix <= 32", 38.2, "forward_ms", 8192),
+)
 LONG_ONLY_TARGETS = 16384  # beyond it, and below the last length, only the target families run
+
+
+def commit() -> str:
+    """The commit of this checkout, or "" outside of one."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or os.environ.get("ROSAKIT_COMMIT", "")
 
 
 def median_ms(work: Callable[[], object], repeats: int = 7) -> float:
@@ -61,17 +83,18 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def verified(length: int, families: tuple[str, ...]) -> dict[str, bool]:
-    """Per family whether one route of it equals the row-by-row method."""
-    flips = BITS if length <= 16384 else 0
+    """Per family whether one route of it equals the C++ core's answer."""
     pairs = [streams.make(name, 1, length, BITS, SEED) for name in families]
     q, k = (torch.cat(side, 1) for side in zip(*pairs, strict=True))
-    expected = verify.match_by_rows(q[0], k[0], flips)
-    got = cuda.match(q, k, counterfactual_bits=flips)
+    expected = suffix_match(q.cpu(), k.cpu(), counterfactual_bits=BITS, backend="cpu")
+    flipped = cuda.match(q, k, counterfactual_bits=BITS)
+    plain = cuda.match(q, k)
     return {
         name: all(
-            torch.equal(right[row], mine[0, row])
+            torch.equal(right[0, row], mine[0, row].cpu())
+            for got in (flipped, plain)
             for right, mine in zip(expected, got, strict=True)
-            if mine is not None
+            if mine is not None and right is not None
         )
         for row, name in enumerate(families)
     }
@@ -89,7 +112,7 @@ def time_matching(report: dict[str, Any]) -> None:
                 slow = name == "noisy_constant"
                 repeats = 1 if slow else 7
                 row["forward_ms"] = median_ms(lambda q=q, k=k: cuda.match(q, k), repeats)
-                if not slow or length <= 16384:
+                if name in TARGET_FAMILIES or length <= 16384:
                     row["counterfactual_ms"] = median_ms(
                         lambda q=q, k=k: cuda.match(q, k, counterfactual_bits=BITS), repeats
                     )
@@ -174,6 +197,65 @@ def whole_step(length: int) -> dict[str, Any]:
     }
 
 
+class AttentionLayer(nn.Module):
+    """Projections and windowed attention of the adapter's width: 16 heads of 128, 8 for k and v."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"bias": False, "device": "cuda", "dtype": torch.bfloat16}
+        self.q = nn.Linear(CHANNELS, CHANNELS, **options)
+        self.k, self.v = (nn.Linear(CHANNELS, CHANNELS // 2, **options) for _ in range(2))
+        self.o = nn.Linear(CHANNELS, CHANNELS, **options)
+        self.attend = attend
+
+    def forward(self, u: Tensor) -> Tensor:
+        def heads(x: Tensor) -> Tensor:
+            return x.view(*x.shape[:2], -1, 128).transpose(1, 2)
+
+        y = self.attend(heads(self.q(u)), heads(self.k(u)), heads(self.v(u)))
+        out: Tensor = self.o(y.transpose(1, 2).reshape(u.shape))
+        return out
+
+
+def layer_bytes(
+    module: nn.Module, forward: Callable[[Tensor], Tensor], length: int
+) -> dict[str, int]:
+    """What one layer keeps for its backward pass, and its peak over both passes."""
+    u = torch.randn(1, length, CHANNELS, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn_like(u)
+
+    def both() -> None:
+        out = forward(u)
+        out.backward(grad)
+
+    both()  # allocates the gradients of weights and inputs, which are no activations
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = forward(u)
+    kept = torch.cuda.memory_allocated() - before
+    out.backward(grad)
+    peak = torch.cuda.max_memory_allocated() - before
+    del out
+    return {"kept_bytes": kept, "peak_bytes": peak}
+
+
+def layer_memory(report: dict[str, Any], attend: Callable[..., Tensor], length: int) -> None:
+    """A whole adapter layer beside a whole windowed attention layer of the same width."""
+    adapter = RosaAdapter(CHANNELS, bits=BITS, rank=None, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        adapter.o_proj.weight.normal_(std=CHANNELS**-0.5)
+    layer = AttentionLayer(attend)
+    report["layer_memory"].append(
+        {
+            "T": length,
+            "adapter": layer_bytes(adapter, lambda u: adapter(u, RosaContext()), length),
+            "windowed_attention": layer_bytes(layer, layer, length),
+        }
+    )
+    print(report["layer_memory"][-1], flush=True)
+
+
 def time_attention(report: dict[str, Any], window: int = 2048) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -186,14 +268,14 @@ def time_attention(report: dict[str, Any], window: int = 2048) -> None:
     def windowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (i >= j) & (i - j < window)
 
-    for length in LENGTHS[1:]:
+    for length in ATTENTION_LENGTHS:
         q = torch.randn(1, 16, length, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         k, v = (
             torch.randn(1, 8, length, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
             for _ in range(2)
         )
         grad = torch.randn_like(q)
-        mask = create_block_mask(windowed, None, None, length, length, device="cuda", _compile=True)
+        mask = create_block_mask(windowed, None, None, length, length, device="cuda")
 
         def flex(q=q, k=k, v=v, mask=mask) -> Tensor:
             return compiled(q, k, v, block_mask=mask, enable_gqa=True)
@@ -205,19 +287,51 @@ def time_attention(report: dict[str, Any], window: int = 2048) -> None:
         def both(attend: Callable[[], Tensor], q=q, k=k, v=v, grad=grad) -> object:
             return torch.autograd.grad(attend(), (q, k, v), grad)
 
-        kinds = {"windowed": flex} if length > 65536 else {"windowed": flex, "full": full}
-        for name, attend in kinds.items():
+        for name, attend in {"windowed": flex, "full": full}.items():
+            repeats = 7 if name == "windowed" or length <= 32768 else 2
             with torch.no_grad():
-                forward = median_ms(attend)
+                forward = median_ms(attend, repeats)
             row = {
                 "T": length,
                 "kind": name,
                 "forward_ms": forward,
-                "forward_backward_ms": median_ms(lambda attend=attend: both(attend)),
+                "forward_backward_ms": median_ms(lambda attend=attend: both(attend), repeats),
                 "extra_bytes": peak_bytes(lambda attend=attend: both(attend)),
             }
             report["attention"].append(row)
             print(row, flush=True)
+        if length == TARGET_LENGTH:
+            layer_memory(
+                report,
+                lambda q, k, v, mask=mask: compiled(q, k, v, block_mask=mask, enable_gqa=True),
+                length,
+            )
+
+
+def compare(report: dict[str, Any]) -> None:
+    """Ratios that the issue of speed is about, from this file's own rows."""
+
+    def worst(field: str, length: int) -> float | None:
+        times = [
+            r[field]
+            for r in report["match"]
+            if r["T"] == length and r["stream"] in TARGET_FAMILIES and field in r
+        ]
+        return max(times) if times else None
+
+    for name, published, field, length in PUBLISHED:
+        ours = worst(field, length)
+        if ours:
+            row = {"published": name, "published_ms": published, "T": length, "worst_ms": ours}
+            report["comparison"].append({**row, "times_faster": published / ours})
+    for name in TARGET_FAMILIES:
+        times = {r["T"]: r["forward_ms"] for r in report["match"] if r["stream"] == name}
+        if times.get(LENGTHS[-1]) and times.get(TARGET_LENGTH):
+            growth = {
+                f"{n // 1024}k": times[2 * n] / times[n] for n in LENGTHS[:-1] if 2 * n in times
+            }
+            long = times[LENGTHS[-1]] / times[TARGET_LENGTH]
+            report["growth"].append({"stream": name, "128k_over_16k": long, "a_doubling": growth})
 
 
 def main() -> None:
@@ -232,6 +346,7 @@ def main() -> None:
             "rosakit": rosakit.__version__,
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
+            "commit": commit(),
             "python": platform.python_version(),
         },
         "seed": SEED,
@@ -241,24 +356,35 @@ def main() -> None:
         "runs": [],
         "step": [],
         "attention": [],
+        "layer_memory": [],
+        "comparison": [],
+        "failures": [],
+        "growth": [],
     }
     torch.manual_seed(SEED)
 
-    def save() -> None:  # after every part, so that a failure loses one part only
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    started = time.perf_counter()
 
-    time_matching(report)
-    time_runs(report)
-    save()
-    for length in LENGTHS:
-        report["step"].append(whole_step(length))
-        print(report["step"][-1], flush=True)
+    def part(work: Callable[[], object]) -> None:
+        """One part; a failure is written down, and costs the others nothing."""
+        try:
+            work()
+        except Exception:
+            report["failures"].append(traceback.format_exc())
+            print(report["failures"][-1], flush=True)
         torch.cuda.empty_cache()
-    save()
+        report["seconds"] = round(time.perf_counter() - started, 1)
+        atomic_write(arguments.out, (json.dumps(report, indent=1) + "\n").encode())
+
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    part(lambda: time_matching(report))
+    part(lambda: compare(report))
+    part(lambda: time_runs(report))
+    for length in LENGTHS:
+        part(lambda length=length: report["step"].append(whole_step(length)))
+        print(report["step"][-1:], flush=True)
     if not arguments.skip_attention:
-        time_attention(report)
-        save()
+        part(lambda: time_attention(report))
 
 
 if __name__ == "__main__":

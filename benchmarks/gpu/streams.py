@@ -20,32 +20,34 @@ FAMILIES = (
 )
 
 
-def make(name: str, routes: int, length: int, bits: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Family `name`: q and k, ``[1, routes, length]`` uint8 on the current CUDA device."""
-    generator = torch.Generator("cuda").manual_seed(seed)
+def make(
+    name: str, routes: int, length: int, bits: int, seed: int, device: str = "cuda"
+) -> tuple[Tensor, Tensor]:
+    """Family `name`: q and k, ``[1, routes, length]`` uint8 on the device."""
+    generator = torch.Generator(device).manual_seed(seed)
     alphabet = 1 << bits
     shape = (routes, length)
 
     def symbols(*size: int) -> Tensor:
         return torch.randint(
-            0, alphabet, size, generator=generator, device="cuda", dtype=torch.uint8
+            0, alphabet, size, generator=generator, device=device, dtype=torch.uint8
         )
 
     def chance(*size: int) -> Tensor:
-        return torch.rand(size, generator=generator, device="cuda")
+        return torch.rand(size, generator=generator, device=device)
 
-    index = torch.arange(length, device="cuda")
+    index = torch.arange(length, device=device)
     if name == "random":
         q, k = symbols(*shape), symbols(*shape)
     elif name == "repeats":  # one random passage, four times
         k = symbols(routes, -(-length // 4)).repeat(1, 4)[:, :length]
         q = k
     elif name == "constant":
-        q = k = torch.ones(shape, dtype=torch.uint8, device="cuda")
+        q = k = torch.ones(shape, dtype=torch.uint8, device=device)
     elif name == "shuffled_passages":  # 32 passages of 256 symbols in random order
         library = symbols(routes, 32, 256)
         count = -(-length // 256)
-        order = torch.randint(0, 32, (routes, count), generator=generator, device="cuda")
+        order = torch.randint(0, 32, (routes, count), generator=generator, device=device)
         k = library.gather(1, order[..., None].expand(-1, -1, 256)).flatten(1)[:, :length]
         q = k
     elif name == "noisy_copy":  # repeats; 5% of the query's symbols differ

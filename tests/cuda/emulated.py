@@ -67,7 +67,8 @@ def match(
     narrow: bool = False,
     warp_search: int = 24,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`rosakit.cuda.match` of symbols ``[B, R, T]``; not `shared` (as wide ones always are): everything in global memory.
+    """`rosakit.cuda.match` of symbols ``[B, R, T]``; not `shared`: everything in global memory,
+    as wide symbols always are.
 
     `warp_search` and LARGE_RANGE are small, so that short streams reach the search by a whole
     thread block and the ranges that are kept apart.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rosakit import cuda, symbols
-from rosakit.ops import rosa
+from rosakit.ops import rosa, suffix_match
 from rosakit.ops.estimators.counterfactual import credit_naive
 from rosakit.ops.oracle import suffix_match_oracle
 from tests.cuda.test_match_emulated import pairs, segments
@@ -61,6 +61,44 @@ def test_runs(successor, length, bits, flips):
     rules = {"granularity": "run", "successor": successor}
     check(length, bits, flips, length, **rules)
     check(length, bits, flips, 2, starts=segments(length, 3), max_length=30, **rules)
+
+
+@pytest.mark.parametrize("dtype, bits", [(torch.uint16, 12), (torch.int32, 17)])
+@pytest.mark.parametrize("length", [1, 65, 1500])
+def test_wide_symbols(dtype, bits, length):
+    names = torch.randperm(1 << bits, generator=torch.Generator().manual_seed(0))[:32]
+    q, k = (names[torch.from_numpy(x).long() % 32].to(dtype) for x in pairs(length, 5, bits))
+    flips = 0 if dtype == torch.int32 else bits
+    starts = torch.from_numpy(segments(length, 1)) if length > 100 else None
+    expected = suffix_match_oracle(q, k, segment_starts=starts, counterfactual_bits=flips)
+    got = cuda.match(
+        q.cuda(),
+        k.cuda(),
+        segment_starts=None if starts is None else starts.cuda(),
+        counterfactual_bits=flips,
+    )
+    for mine, right in zip(got, expected, strict=True):
+        assert right is None or torch.equal(mine.cpu(), right)
+
+
+@pytest.mark.parametrize("length", [20000, 40000, 70000])
+def test_flips_in_global_memory_equal_the_core(length):
+    """Beyond 16384 positions entries are in global memory and a flip is noted before it is read."""
+    generator = torch.Generator().manual_seed(length)
+    q, k = torch.randint(0, 16, (2, 1, 3, length), generator=generator, dtype=torch.uint8)
+    k[0, 1] = k[0, 0, : length // 3].repeat(4)[:length]
+    q[0, 1] = k[0, 1]
+    q[0, 2], k[0, 2] = 3, 3
+    starts = torch.zeros(1, length, dtype=torch.int32)
+    starts[0, length // 2 :] = length // 2
+    for options in ({}, {"segment_starts": starts}, {"min_length": 3, "max_length": 40}):
+        right = suffix_match(q, k, counterfactual_bits=4, backend="cpu", **options)
+        on_gpu = {
+            name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in options.items()
+        }
+        mine = suffix_match(q.cuda(), k.cuda(), counterfactual_bits=4, backend="cuda", **on_gpu)
+        for a, b in zip(mine, right, strict=True):
+            assert torch.equal(a.cpu(), b)
 
 
 def test_rows_of_a_batch_have_their_own_segments():
