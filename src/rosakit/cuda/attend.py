@@ -1,0 +1,148 @@
+"""Launching the pairwise forms (docs/estimators/fused.md); tables as `rosakit.ops.triton` lays out.
+
+The dense torch form that these kernels are tested against is
+`rosakit.ops.estimators.pairwise.attend_naive`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rosakit.cuda import compile
+
+GROUP = 8
+"""Rows between two states that the backward pass stores."""
+
+_HELD = 4
+_KERNELS = ("attend_forward", "attend_backward")
+_GATES = {"sigmoid": 0, "identity": 1, "exp": 2}
+_ORDER = ("T", "length", "routes", "workers")
+_REALS = ("slope", "bias", "sharp", "cap")
+_RESIDENT = {"forward": 12, "backward": 12}  # warps a multiprocessor: 168 registers a thread
+_MOST = {"forward": 8, "backward": 4}  # diagonals a lane, for 4 + 4 channels
+_SWITCHES = ("SCAN", "UTILITY", "OFFSET", "CAPPED", "PACKED", "DROPOUT")
+
+
+def diagonals(width: int, values: int, *, backward: bool) -> int:
+    """Diagonals a lane: as many as registers hold."""
+    channels = width + values
+    most = _MOST["backward" if backward else "forward"]
+    return max(1, min(most, most * 8 // max(8, 1 << (channels - 1).bit_length())))
+
+
+def workers(q: Tensor, w: Tensor, length: int, *, backward: bool) -> int:
+    """Workers a stream: whole waves of warps, as nearly as it goes, and never more than strips."""
+    count = torch.cuda.get_device_properties(q.device).multi_processor_count
+    count *= _RESIDENT["backward" if backward else "forward"]
+    strip = 32 * diagonals(q.shape[2], w.shape[2], backward=backward)
+    return balanced(q.shape[0], -(-length // strip), count)
+
+
+def balanced(streams: int, strips: int, resident: int) -> int:
+    """How many workers a stream leave the fewest of `resident` places empty in the last wave."""
+
+    def filled(each: int) -> float:
+        programs = streams * each
+        return programs / (-(-programs // resident) * resident)
+
+    most = max(1, min(strips, -(-resident // max(1, streams)) + 1))
+    return max(range(1, most + 1), key=lambda each: (round(filled(each), 2), -each))
+
+
+def macros(width: int, values: int, per_lane: int, form: Mapping[str, Any]) -> dict[str, int]:
+    """What a kernel is compiled for: sizes, switches of the form, registers."""
+    return {
+        "M": width,
+        "V": values,
+        "P": per_lane,
+        "GATE": _GATES[form["gate"]],
+        "RESIDENT_FORWARD": _RESIDENT["forward"],
+        "RESIDENT_BACKWARD": _RESIDENT["backward"],
+        **{name: int(form[name.lower()]) for name in _SWITCHES},
+    }
+
+
+def permuted(x: Tensor, per_lane: int) -> Tensor:
+    """``[H, T, N]`` with row ``j`` at ``(j mod P) * (T / P) + j / P``."""
+    columns: Tensor = x.unflatten(1, (-1, per_lane))
+    return columns.transpose(1, 2).contiguous()
+
+
+def numbers(form: Mapping[str, Any], workers: int) -> list[compile.Argument]:
+    """The kernels' arguments after the pointers."""
+    whole = [(int({**form, "workers": workers}[name]), ctypes.c_int32) for name in _ORDER]
+    real = [(float(form[name]), ctypes.c_float) for name in _REALS]
+    return [
+        *whole,
+        *real,
+        compile.unsigned(form["threshold"]),
+        (float(form["inverse"]), ctypes.c_float),
+    ]
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    starts: Tensor | None,
+    seed: Tensor | None,
+    top: Tensor,
+    total: Tensor,
+    out: Tensor,
+    form: Mapping[str, Any],
+) -> None:
+    """Softmax statistics over every worker's strips, into `top`, `total` and `out`.
+
+    Args:
+        q, k: float32 ``[H, T, M]``; w: ``[H, T, V]``.
+        top, total: ``[H, W, T]``; out: ``[H, W, T, V]``.
+        form: gate, slope, bias and the others of `_SWITCHES`, `_REALS` and `_ORDER`.
+    """
+    per_lane = diagonals(q.shape[2], w.shape[2], backward=False)
+    kernel = _kernels(q, w, per_lane, form)["attend_forward"]
+    kept = [q.contiguous(), permuted(k, per_lane), permuted(w, per_lane), starts, seed]
+    arguments = [compile.pointer(x) for x in (*kept, top, total, out)]
+    workers = top.shape[1]
+    kernel.launch((q.shape[0] * workers, 1, 1), 32, 0, arguments + numbers(form, workers))
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    starts: Tensor | None,
+    seed: Tensor | None,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    form: Mapping[str, Any],
+) -> None:
+    """Adds every worker's share to `gradients` ``[H, W, T, ...]`` of q, k and w."""
+    per_lane = diagonals(q.shape[2], w.shape[2], backward=True)
+    kernel = _kernels(q, w, per_lane, form)["attend_backward"]
+    workers = gradients[0].shape[1]
+    marks = torch.empty(marks_size(q, w, workers, form), device=q.device)
+    kept = [q.contiguous(), permuted(k, per_lane), permuted(w, per_lane), grad.contiguous()]
+    kept += [lse.contiguous(), delta.contiguous()]
+    arguments = [compile.pointer(x) for x in (*kept, starts, seed, *gradients, marks)]
+    shared = _HELD * (q.shape[2] + w.shape[2]) * 4
+    kernel.launch((q.shape[0] * workers, 1, 1), 32, shared, arguments + numbers(form, workers))
+
+
+def marks_size(q: Tensor, w: Tensor, workers: int, form: Mapping[str, Any]) -> int:
+    """Numbers that the states of all strips in work take: linear in T."""
+    per_lane = diagonals(q.shape[2], w.shape[2], backward=True)
+    states = (2 if form["scan"] else 1) * per_lane
+    return q.shape[0] * workers * (q.shape[1] // GROUP + 1) * 32 * states
+
+
+def _kernels(q: Tensor, w: Tensor, per_lane: int, form: Mapping[str, Any]) -> Any:
+    with torch.cuda.device(q.device):
+        chosen = macros(q.shape[2], w.shape[2], per_lane, form)
+        return compile.load(("attend.cu",), _KERNELS, chosen, q.device)
