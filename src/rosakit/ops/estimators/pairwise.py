@@ -153,10 +153,15 @@ def windowed(a: Tensor, window: int) -> Tensor:
     return total
 
 
-def scores(x: Tensor, allowed: Tensor, origin: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """Scores of the candidates, -inf elsewhere, and of the null ``[..., T, 1]``."""
+def scores(
+    x: Tensor, allowed: Tensor, origin: Tensor, form: Form, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scores of the candidates, -inf elsewhere, and of the null ``[..., rows, 1]``.
+
+    `rows`: which queries `x` holds; None for all.
+    """
     own = torch.arange(x.shape[-1], device=x.device)
-    seen = (own - origin).to(x.dtype)[..., None]  # n
+    seen = ((own if rows is None else rows) - origin).to(x.dtype)[..., None]  # n
     if form.score == "length":
         recency = (own - origin[..., None]).to(x.dtype) / (seen + 1)
         x = x.clamp(max=form.cap) if form.cap else x

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from rosakit.errors import BackendError, warn_once
 from rosakit.ops import triton
+from rosakit.ops.estimators.blocks import attend_blocks
 from rosakit.ops.estimators.pairwise import Form, attend_naive
 
 
@@ -23,11 +24,16 @@ def attend(
     """`attend_naive` by the fastest way that is there.
 
     Args:
-        fused: True: the kernels or an error; False: the dense form; None: the kernels on CUDA.
+        fused: True: in memory linear in T, by the kernels or (with a window) block by block, or an
+            error; False: the dense form; None: linear memory on CUDA.
 
     Raises:
         BackendError: the kernels were asked for and cannot run.
     """
+    if form.window >= q.shape[2]:  # sees everything
+        form = form._replace(window=0)
+    if form.window and fused is not False and (fused or q.device.type != "cpu"):
+        return attend_blocks(q, k, w, null, starts, form, seed)
     reason = triton.unavailable_reason(q.device, form, q.shape[-1], w.shape[-1])
     if fused is None:
         fused = reason is None and q.device.type != "cpu"
