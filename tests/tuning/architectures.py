@@ -11,42 +11,42 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {}),
     "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3_moe": (
         "Qwen3Moe",
         {
-            "head_dim": 8,
+            "head_dim": 16,
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 16,
         },
     ),
-    "gemma": ("Gemma", {"head_dim": 8}),
+    "gemma": ("Gemma", {"head_dim": 16}),
     "gemma2": (
         "Gemma2",
         {
-            "head_dim": 8,
+            "head_dim": 16,
             "sliding_window": 12,
-            "query_pre_attn_scalar": 8,
+            "query_pre_attn_scalar": 16,
             "attn_logit_softcapping": 5.0,
         },
     ),
     "gemma3": (
         "Gemma3",
-        {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8, "_config": "TextConfig"},
+        {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 16, "_config": "TextConfig"},
     ),
     "phi3": ("Phi3", {}),
     "olmo2": ("Olmo2", {}),
     "smollm3": ("SmolLM3", {}),
     "granite": ("Granite", {}),
-    "glm4": ("Glm4", {"head_dim": 8}),
+    "glm4": ("Glm4", {"head_dim": 16}),
     "cohere": ("Cohere", {}),
     "stablelm": ("StableLm", {}),
     "starcoder2": ("Starcoder2", {}),
     "gpt_oss": (
         "GptOss",
         {
-            "head_dim": 8,
+            "head_dim": 16,
             "sliding_window": 12,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
@@ -54,10 +54,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_neox": ("GPTNeoX", {}),
     "gpt2": ("GPT2", {"n_inner": 48, "_model": "LMHeadModel"}),
-    "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 64}),
     "falcon": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "bloom": ("Bloom", {}),
-    "mpt": ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 3}),
+    "mpt": ("Mpt", {"d_model": 64, "n_heads": 4, "n_layers": 3}),
     "mamba": ("Mamba", {}),
 }
 """Name to the prefix of its classes and what its configuration needs beside the common part."""
@@ -70,7 +70,7 @@ def build_architecture(name: str, *, implementation: str | None = None, depth: i
     config_class = getattr(transformers, prefix + extra.pop("_config", "Config"))
     common = {
         "vocab_size": 61,
-        "hidden_size": 32,
+        "hidden_size": 64,
         "intermediate_size": 48,
         "num_hidden_layers": depth,
         "num_attention_heads": 4,

@@ -152,6 +152,9 @@ class RosaController(nn.Module):
         context, self.shared.current = self.shared.current, None
         if output is None or context is None or context.plan is None:
             return
+        # While a graph is captured, FlexAttention's tracing undoes what it counted.
+        if torch.compiler.is_compiling():
+            return
         # In training some architectures drop layers at random, so one call is enough there.
         if context.attended < (1 if module.training else len(self.windowed)):
             raise UnsupportedModelError(
