@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -159,3 +160,27 @@ def test_bad_input(changes, message):
     options = {"lengths": (300,), "depths": (0.5,), "window": 20, **changes}
     with pytest.raises(InvalidInputError, match=message):
         niah(Copier(), Letters(), options.pop("lengths"), options.pop("depths"), **options)
+
+
+@pytest.mark.parametrize("confusable", [False, True])
+def test_distractors_are_other_needles_of_the_same_form(confusable):
+    prompts = make_needles(
+        Letters(), [1500], [0.0, 0.5, 1.0], samples=4, distractors=5, confusable=confusable
+    )
+    for needle in prompts:
+        assert len(needle.ids) == 1500
+        text = "".join(map(chr, needle.ids.tolist()))
+        told = dict(re.findall(r"The special magic number for (\w+ \w+) is (\d+)\.", text))
+        key, value = needle.text.split(": ")
+        assert told.pop(key) == value
+        assert len(told) == 5
+        assert value not in told.values()
+        shares = [set(k.split()) & set(key.split()) for k in told]
+        assert all(len(s) == (1 if confusable else 0) for s in shares)
+        span = text[needle.start : needle.end]
+        assert f"{key} is {value}." in span
+
+
+def test_too_many_distractors_are_refused():
+    with pytest.raises(InvalidInputError, match="distractors must be"):
+        make_needles(Letters(), [400], [0.5], distractors=99)

@@ -112,12 +112,33 @@ def evaluate(
     depths: Annotated[
         str, typer.Option(help="Where needles stand, 0 (start) to 1.", metavar="X,X,…")
     ] = "0,0.25,0.5,0.75,1",
-    samples: Annotated[int, typer.Option(help="Needles at each length and depth.")] = 2,
+    samples: Annotated[int, typer.Option(help="Prompts in each cell of a recall task.")] = 2,
+    suites: Annotated[
+        str,
+        typer.Option(
+            help="What is measured: perplexity, distance, niah, niah_multi, niah_confusable, mqar, "
+            "copying, efficiency, tasks.",
+            metavar="NAME,…",
+        ),
+    ] = "perplexity,niah",
+    tasks: Annotated[
+        str, typer.Option(help="Tasks of lm-eval, for the suite of that name.", metavar="NAME,…")
+    ] = "",
+    local: Annotated[
+        list[str] | None,
+        typer.Option(help="A local file with the data of a task.", metavar="TASK=FILE"),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="At most this many prompts a cell and documents a task.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the needles.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
-    """Measure a trained model against full attention, bare windows and its control."""
+    """Measure a trained model against full attention, bare windows and its control.
+
+    What is finished is kept: the same command goes on where an interrupted one stopped.
+    """
     from rich.console import Console
 
     from rosakit.cli.evaluation import publish
@@ -144,9 +165,14 @@ def evaluate(
             niah_lengths=_numbers("niah", niah, int),
             depths=_numbers("depths", depths, float),
             samples=samples,
+            suites=_names(suites),
+            tasks=_names(tasks),
+            local=_pairs(local or []),
+            limit=limit,
             dtype=dtype,
             device=device,
             seed=seed,
+            parts=(run if output is None else output) / "evaluation.parts",
             progress=progress,
         )
     publish(result, run if output is None else output)
@@ -229,6 +255,19 @@ def read_text(prompt: str | None, file: Path | None) -> str:
         raise DataError(f"cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file or 'standard input'} is not UTF-8 text") from error
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _pairs(values: list[str]) -> dict[str, str]:
+    from rosakit.errors import InvalidInputError
+
+    wrong = [value for value in values if "=" not in value]
+    if wrong:
+        raise InvalidInputError(f"--local takes TASK=FILE, got {wrong[0]!r}")
+    return dict(value.split("=", 1) for value in values)
 
 
 def _numbers(name: str, text: str, kind: type[Any]) -> list[Any]:

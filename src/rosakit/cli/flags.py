@@ -176,12 +176,18 @@ def _without_none(annotation: Any) -> Any:
 
 
 def _mapping(name: str, text: str) -> Any:
+    """``{a: 1, b: 2}``, or ``a=1,b=2`` for plain values."""
     import yaml
 
+    wanted = f"--{name.replace('_', '-')} must be a mapping like a=1,b=2 or {{a: 1, b: 2}}"
     try:
-        found = yaml.safe_load(text)
+        if "=" in text and not text.startswith("{"):
+            parts = [part.partition("=") for part in text.split(",")]
+            found: Any = {key.strip(): yaml.safe_load(value) for key, _, value in parts}
+        else:
+            found = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InvalidInputError(f"--{name} must be a mapping like {{a: 1}}: {text!r}") from error
+        raise InvalidInputError(f"{wanted}: {text!r}") from error
     if not isinstance(found, dict):
-        raise InvalidInputError(f"--{name} must be a mapping like {{a: 1}}, got {text!r}")
+        raise InvalidInputError(f"{wanted}, got {text!r}")
     return found

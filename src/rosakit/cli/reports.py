@@ -31,20 +31,19 @@ def inspect(
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
 ) -> None:
     """Show what each position of a text recalled, as one HTML page without network."""
-    import rosakit
     from rosakit.cli.app import read_text
     from rosakit.evaluate.environment import describe_environment
     from rosakit.evaluate.inspection import inspect_text
     from rosakit.report import plot_inspection, write_inspection
-    from rosakit.tuning import is_attached
+    from rosakit.tuning import RosaConfig, attach, is_attached
     from rosakit.tuning.result import load_any
 
     text = read_text(None, file)
     loaded, tokenizer = load_any(model, base=base, dtype=dtype, device=device)
     settings = {"model": model, "text": str(file)}
     if not is_attached(loaded):
-        config = rosakit.RosaConfig(window=window, adapters=False, token_route=True)
-        rosakit.attach(loaded, config)
+        config = RosaConfig(window=window, adapters=False, token_route=True)
+        attach(loaded, config)
         settings["token route"] = "untrained"
     found = describe_environment()
     settings |= {"rosakit": found.versions["rosakit"], "date": found.date}

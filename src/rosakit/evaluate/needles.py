@@ -86,6 +86,8 @@ def make_needles(
     samples: int = 2,
     haystack: str | None = None,
     question: Question = "repeat",
+    distractors: int = 0,
+    confusable: bool = False,
     seed: int = 0,
 ) -> list[Needle]:
     """Prompts of exactly `length` tokens (answer included) with a needle at each depth.
@@ -102,11 +104,13 @@ def make_needles(
         samples: prompts a cell.
         haystack: text to hide needles in; None for neutral short sentences.
         question: how it is asked.
+        distractors: other needles with other keys and values, at random depths.
+        confusable: the others share a word with the key that is asked for.
         seed: of everything random.
 
     Raises:
         InvalidInputError: a length too small for needle and question, a depth outside 0..1, an
-            unknown question, no samples, or a haystack without text.
+            unknown question, no samples, too many distractors, or a haystack without text.
     """
     if question not in _QUESTIONS:
         raise InvalidInputError(
@@ -116,6 +120,10 @@ def make_needles(
         raise InvalidInputError(
             f"needles need samples >= 1, lengths and depths; got {samples}, {list(lengths)} and "
             f"{list(depths)}"
+        )
+    if not 0 <= distractors <= len(_NOUNS) - 1:
+        raise InvalidInputError(
+            f"distractors must be in 0..{len(_NOUNS) - 1}, since keys differ; got {distractors}"
         )
     outside = [depth for depth in depths if not 0 <= depth <= 1]
     if outside:
@@ -135,12 +143,18 @@ def make_needles(
             for sample in range(samples):
                 # A string seed is hashed by its text: the same prompt on every machine.
                 random_ = random.Random(f"{seed}/{length}/{depth}/{sample}")
-                key = f"{random_.choice(_ADJECTIVES)} {random_.choice(_NOUNS)}"
+                words = (random_.choice(_ADJECTIVES), random_.choice(_NOUNS))
+                key = " ".join(words)
                 value = str(random_.randrange(10**6, 10**7))
                 needle = encode(_NEEDLE.format(key=key) + f" {value}.")
+                others = [
+                    encode(_NEEDLE.format(key=k) + f" {random_.randrange(10**6, 10**7)}.")
+                    for k in _other_keys(words, distractors, confusable, random_)
+                ]
                 asked = encode(_QUESTIONS[question].format(key=key))
                 answer = encode(f" {value}")
                 room = length - len(prefix) - len(needle) - len(asked) - len(answer)
+                room -= sum(map(len, others))
                 if room < 0:
                     raise InvalidInputError(
                         f"a prompt of {length} tokens has no room for needle and question, which "
@@ -149,8 +163,17 @@ def make_needles(
                 start = random_.randrange(len(hay))
                 straw = [hay[(start + i) % len(hay)] for i in range(room)]
                 place = _sentence_end(straw, round(depth * room), boundaries)
-                ids = [*prefix, *straw[:place], *needle, *straw[place:], *asked, *answer]
-                begin = len(prefix) + place
+                # Places in the haystack itself, filled from the back: no needle splits another.
+                spots = sorted(
+                    (_sentence_end(straw, random_.randrange(room + 1), boundaries) for _ in others),
+                    reverse=True,
+                )
+                before, after = straw[:place], straw[place:]
+                for spot, other in zip(spots, others, strict=True):
+                    part, at = (before, spot) if spot < place else (after, spot - place)
+                    part[at:at] = other
+                ids = [*prefix, *before, *needle, *after, *asked, *answer]
+                begin = len(prefix) + len(before)
                 needles.append(
                     Needle(
                         torch.tensor(ids),
@@ -164,6 +187,20 @@ def make_needles(
                     )
                 )
     return needles
+
+
+def _other_keys(
+    words: tuple[str, str], count: int, confusable: bool, random_: random.Random
+) -> list[str]:
+    """Keys that are not the one asked for, but share a word with it where they should confuse."""
+    adjective, noun = words
+    if confusable:
+        near = [f"{adjective} {other}" for other in _NOUNS if other != noun]
+        near += [f"{other} {noun}" for other in _ADJECTIVES if other != adjective]
+        return random_.sample(near, count)
+    nouns = random_.sample([other for other in _NOUNS if other != noun], count)
+    adjectives = [other for other in _ADJECTIVES if other != adjective]
+    return [f"{random_.choice(adjectives)} {other}" for other in nouns]
 
 
 def _sentence_end(straw: list[int], place: int, boundaries: set[int]) -> int:

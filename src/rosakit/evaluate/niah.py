@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from rosakit.errors import InvalidInputError
+from rosakit.evaluate.grids import GridCell, GridResult
 from rosakit.evaluate.needles import Needle, Question, make_needles
 from rosakit.evaluate.results import NiahCell, NiahResult
 from rosakit.evaluate.scores import Progress, Scorer, device_of, model_scorer
 
-__all__ = ["measure_niah", "niah"]
+__all__ = ["measure_niah", "niah", "niah_grid"]
 
 
 def niah(
@@ -113,6 +114,17 @@ def measure_niah(
         )
         for name, found in hits.items()
     }
+
+
+def niah_grid(result: NiahResult) -> GridResult:
+    """A needle grid in the form that all other recall tasks have."""
+    cells = tuple(
+        GridCell(
+            {"length": c.length, "depth": c.depth}, c.samples, c.correct, c.beyond, c.beyond_correct
+        )
+        for c in result.cells
+    )
+    return GridResult(("length", "depth"), cells, result.window, result.sink_tokens, result.seed)
 
 
 def _batches(needles: Sequence[Needle], size: int) -> Iterator[list[int]]:

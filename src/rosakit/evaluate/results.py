@@ -12,15 +12,20 @@ from typing import Any
 
 from rosakit.errors import CheckpointError, InvalidInputError
 from rosakit.evaluate.environment import Environment
+from rosakit.evaluate.grids import GridResult
 from rosakit.files import atomic_write
 
 __all__ = [
+    "DistanceResult",
+    "Efficiency",
     "EvaluationResult",
     "NiahCell",
     "NiahResult",
     "PerplexityResult",
     "PositionBucket",
     "VariantResult",
+    "niah_from",
+    "perplexity_from",
     "write_json",
 ]
 
@@ -93,6 +98,51 @@ def _perplexity(nll: float, tokens: int) -> float:
     mean = nll / tokens
     # exp overflows past 709 nats; a model that bad has an infinite perplexity for all purposes.
     return math.exp(mean) if mean < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class DistanceResult:
+    """Losses of predicted tokens by how far back their context occurred before.
+
+    Attributes:
+        buckets: by distance in tokens, ascending.
+        new: tokens whose context has not occurred before (start and stop are 0).
+        min_length: shorter repetitions of the context do not count, tokens.
+    """
+
+    buckets: tuple[PositionBucket, ...]
+    new: PositionBucket
+    min_length: int
+
+    def beyond(self, distance: int) -> float:
+        """Perplexity over the buckets that start at `distance` or later; nan if empty."""
+        far = [b for b in self.buckets if b.start >= distance]
+        return _perplexity(sum(b.nll for b in far), sum(b.tokens for b in far))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DistanceResult:
+        """The inverse of `dataclasses.asdict`."""
+        buckets = tuple(PositionBucket(**bucket) for bucket in values["buckets"])
+        return cls(buckets, PositionBucket(**values["new"]), values["min_length"])
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Cost of one context length.
+
+    Attributes:
+        length: tokens of the context.
+        prefill_seconds: of reading it, median.
+        decode_ms: of one more token after it, median.
+        cache_bytes: keys, values and streaming states held after it.
+        peak_bytes: most memory of the GPU during prefill and decode; None on a CPU.
+    """
+
+    length: int
+    prefill_seconds: float
+    decode_ms: float
+    cache_bytes: int
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +219,10 @@ class VariantResult:
         trained_parameters: numbers that training changed.
         description: what the variant is, in words.
         other: perplexities on other kinds of held-out text, by kind.
+        grids: other recall tasks by name ("niah_multi", "mqar", "copying", …).
+        distance: perplexity by the distance to repeated content, by kind of text.
+        scores: tasks of the evaluation harness, accuracy or what the task calls its score.
+        efficiency: time and memory, one entry a length.
     """
 
     perplexity: PerplexityResult
@@ -176,6 +230,10 @@ class VariantResult:
     trained_parameters: int = 0
     description: str = ""
     other: dict[str, PerplexityResult] = field(default_factory=dict)
+    grids: dict[str, GridResult] = field(default_factory=dict)
+    distance: dict[str, DistanceResult] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    efficiency: tuple[Efficiency, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: the numbers a reader wants first, then what they were made of."""
@@ -190,6 +248,10 @@ class VariantResult:
                 kind: {**_summary(result), "perplexity_detail": asdict(result)}
                 for kind, result in self.other.items()
             },
+            "grids": {name: asdict(grid) for name, grid in self.grids.items()},
+            "distance": {kind: asdict(result) for kind, result in self.distance.items()},
+            "scores": self.scores,
+            "efficiency": [asdict(entry) for entry in self.efficiency],
         }
 
     @classmethod
@@ -197,13 +259,16 @@ class VariantResult:
         """The inverse of `to_dict`."""
         grid = values["niah_detail"]
         return cls(
-            _perplexity_from(values["perplexity_detail"]),
-            None
-            if grid is None
-            else NiahResult(**{**grid, "cells": tuple(NiahCell(**cell) for cell in grid["cells"])}),
+            perplexity_from(values["perplexity_detail"]),
+            None if grid is None else niah_from(grid),
             values["trained_parameters"],
             values["description"],
-            {k: _perplexity_from(v["perplexity_detail"]) for k, v in values["other"].items()},
+            {k: perplexity_from(v["perplexity_detail"]) for k, v in values["other"].items()},
+            # Results written before these suites existed lack them.
+            {k: GridResult.from_dict(v) for k, v in values.get("grids", {}).items()},
+            {k: DistanceResult.from_dict(v) for k, v in values.get("distance", {}).items()},
+            dict(values.get("scores", {})),
+            tuple(Efficiency(**entry) for entry in values.get("efficiency", ())),
         )
 
 
@@ -214,7 +279,13 @@ def _summary(result: PerplexityResult) -> dict[str, Any]:
     }
 
 
-def _perplexity_from(detail: Mapping[str, Any]) -> PerplexityResult:
+def niah_from(detail: Mapping[str, Any]) -> NiahResult:
+    """The inverse of `dataclasses.asdict` of a needle grid."""
+    return NiahResult(**{**detail, "cells": tuple(NiahCell(**cell) for cell in detail["cells"])})
+
+
+def perplexity_from(detail: Mapping[str, Any]) -> PerplexityResult:
+    """The inverse of `dataclasses.asdict` of a perplexity."""
     buckets = tuple(PositionBucket(**bucket) for bucket in detail["buckets"])
     return PerplexityResult(buckets, detail["documents"])
 

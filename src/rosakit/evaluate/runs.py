@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path as _Folder
 from typing import Any
 
 from rosakit.errors import DataError, InvalidInputError
 from rosakit.evaluate.environment import describe_environment
 from rosakit.evaluate.needles import make_needles
-from rosakit.evaluate.niah import measure_niah
-from rosakit.evaluate.perplexity import perplexity, position_edges
 from rosakit.evaluate.results import EvaluationResult, VariantResult
-from rosakit.evaluate.scores import Progress, device_of, model_scorer
+from rosakit.evaluate.scores import Progress
+from rosakit.evaluate.suites import Plan, measure_variant
 from rosakit.tuning.attach import attach, detach, is_attached, rosa_parameters
 from rosakit.tuning.config import RosaConfig
 from rosakit.tuning.data import DataConfig, Document, read_documents
@@ -41,12 +42,17 @@ def evaluate_runs(
     niah_lengths: Sequence[int] = (),
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     samples: int = 2,
+    suites: Sequence[str] = ("perplexity", "niah"),
+    tasks: Sequence[str] = (),
+    local: Mapping[str, str] | None = None,
+    limit: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
     seed: int = 0,
+    parts: Path | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult:
-    """Perplexity by position and needles of a run, its base model and its controls.
+    """Measure a run, its base model and its controls.
 
     Variants: "full" (the untrained model), "window" (no sinks), "window+sinks", "rosa" (the run),
     and where they are given "control" and "full+trained" (full attention, trained alike).
@@ -60,10 +66,15 @@ def evaluate_runs(
         length: tokens measured of each document.
         documents: documents measured; the longest ones in tokens, since positions far back are the
             point.
-        niah_lengths: lengths of the needle prompts in tokens; empty leaves needles out.
+        niah_lengths: lengths of the prompts of all recall tasks in tokens; empty leaves them out.
         depths: where needles stand; see `rosakit.evaluate.niah`.
-        samples: needles at each length and depth.
-        seed: of the needles.
+        samples: prompts a cell.
+        suites: what is measured, names from `rosakit.evaluate.suites.SUITES`.
+        tasks: tasks of lm-eval, measured if "tasks" is among the suites.
+        local: by task a local file with its data.
+        limit: at most so many prompts a cell and documents a task; None for no limit.
+        seed: of everything random.
+        parts: folder that keeps what is finished, so that an interrupted evaluation goes on.
         dtype: see `rosakit.tuning.sources.load_model`; None for the run's own.
         device: where to compute; None for the run's own.
         progress: called as ``progress(what, done, total)``.
@@ -103,42 +114,44 @@ def evaluate_runs(
     longest = sorted((x for x in tokenize(texts, tokenizer) if len(x) > 1), key=len, reverse=True)
     rows = [ids[:length].tolist() for ids in longest[:documents]]
     sinks = config.rosa.sink_tokens if config.rosa is not None else 0
-    needles = []
+    folders = {"rosa": run, "control": control, "full+trained": full}
+    plan = Plan(
+        {"held-out text": rows},
+        window,
+        sinks,
+        length,
+        suites=tuple(suites),
+        lengths=tuple(niah_lengths),
+        depths=tuple(depths),
+        samples=samples,
+        # Words to hide needles in, without tokenising everything.
+        haystack=_haystack(texts, max(niah_lengths)) if niah_lengths else None,
+        tasks=tuple(tasks),
+        local=dict(local or {}),
+        limit=limit,
+        seed=seed,
+    )
     if niah_lengths:
         # Before anything is measured: what is wrong with the grid shows here.
-        needles = make_needles(
-            tokenizer,
-            niah_lengths,
-            depths,
-            samples=samples,
-            haystack=_haystack(texts, max(niah_lengths)),
-            seed=seed,
-        )
+        make_needles(tokenizer, niah_lengths, depths, samples=1, haystack=plan.haystack)
 
     def measure(name: str, variant: Any, trained: int, description: str) -> VariantResult:
         def report(what: str, done: int, total: int) -> None:
             if progress is not None:
                 progress(f"{name}: {what}", done, total)
 
-        edges = [e for e in position_edges(length, window) if e <= length]
-        scored = perplexity(variant, rows, edges=edges, progress=report)
-        grid = None
-        if needles:
-            grid = measure_niah(
-                model_scorer(variant),
-                needles,
-                window=window,
-                sink_tokens=sinks,
-                seed=seed,
-                device=device_of(variant),
-                progress=report,
-            )["model"]
-        return VariantResult(scored, grid, trained, description)
+        return measure_variant(
+            variant,
+            tokenizer,
+            plan,
+            trained=trained,
+            description=description,
+            parts=None if parts is None else _part(parts, name, folders.get(name), options),
+            progress=report,
+        )
 
     measured = {}
-    for name, variant, trained, description in _variants(
-        plain, config, window, {"rosa": run, "control": control, "full+trained": full}, options
-    ):
+    for name, variant, trained, description in _variants(plain, config, window, folders, options):
         measured[name] = measure(name, variant, trained, description)
         del variant  # before the next one is loaded
     order = ("full", "full+trained", "window", "window+sinks", "control", "rosa")
@@ -157,6 +170,16 @@ def evaluate_runs(
             "training_texts_left_out": dropped,
         },
     )
+
+
+def _part(parts: Path, name: str, folder: Path | None, options: Mapping[str, Any]) -> _Folder:
+    """Where the finished suites of a variant are kept: elsewhere for other weights."""
+    known = dict(options)
+    if folder is not None:
+        metrics = _Folder(folder) / "metrics.json"
+        known |= {"folder": os.fspath(folder), "trained": metrics.stat().st_mtime_ns}
+    digest = hashlib.sha256(repr(sorted(known.items())).encode()).hexdigest()[:12]
+    return _Folder(parts) / f"{name}-{digest}"
 
 
 def _variants(
