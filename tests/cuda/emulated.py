@@ -106,6 +106,23 @@ def match(
     return position, sizes, flipped
 
 
+def launch_stream(
+    name: str,
+    tensors: list[torch.Tensor | None],
+    before: list[int],
+    after: list[int],
+    capacity: int,
+) -> None:
+    """`rosakit.cuda.stream.StreamMemory._launch` under emulation."""
+    library = build("stream")
+    numbers = [*before, capacity, *after]
+    streams = tensors[3 if name == "extend_streams" else 0].shape[:2].numel()
+    function = {"extend_streams": "emulate_extend", "rebuild_runs": "emulate_rebuild"}[name]
+    getattr(library, function)(
+        *map(_pointer, tensors), ctypes.c_uint32(streams), *map(ctypes.c_uint32, numbers)
+    )
+
+
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 
 
