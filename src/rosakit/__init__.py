@@ -13,12 +13,20 @@ from rosakit import errors, ops
 from rosakit.errors import RosakitError
 
 if TYPE_CHECKING:
-    from rosakit.tuning import RosaConfig, attach, detach, load_adapter, save_adapter
+    from rosakit.tuning import (
+        RosaConfig,
+        RosaPeftConfig,
+        attach,
+        detach,
+        load_adapter,
+        save_adapter,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "RosaConfig",
+    "RosaPeftConfig",
     "RosakitError",
     "__version__",
     "attach",
@@ -30,7 +38,8 @@ __all__ = [
 ]
 
 _LAZY = dict.fromkeys(
-    ("RosaConfig", "attach", "detach", "load_adapter", "save_adapter"), "rosakit.tuning"
+    ("RosaConfig", "RosaPeftConfig", "attach", "detach", "load_adapter", "save_adapter"),
+    "rosakit.tuning",
 )
 
 

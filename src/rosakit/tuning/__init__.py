@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rosakit.tuning.config import RosaConfig
     from rosakit.tuning.data import DataConfig
     from rosakit.tuning.memory import CacheMemory, cache_memory, plan_memory
+    from rosakit.tuning.peft import RosaPeftConfig
     from rosakit.tuning.result import load_result
     from rosakit.tuning.session import Session, load_session, save_session
     from rosakit.tuning.settings import TuneConfig
@@ -36,6 +37,7 @@ __all__ = [
     "CacheMemory",
     "DataConfig",
     "RosaConfig",
+    "RosaPeftConfig",
     "Session",
     "TuneConfig",
     "TuneResult",
@@ -72,6 +74,7 @@ _HOME = {
     **dict.fromkeys(_ATTACH, "attach"),
     **dict.fromkeys(("load_adapter", "save_adapter"), "checkpoint"),
     "RosaConfig": "config",
+    "RosaPeftConfig": "peft",
     "DataConfig": "data",
     **dict.fromkeys(("CacheMemory", "cache_memory", "plan_memory"), "memory"),
     "load_result": "result",
