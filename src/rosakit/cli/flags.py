@@ -62,8 +62,11 @@ class _Flag:
         names = f"--{self.name.replace('_', '-')}"
         if self.kind == "bool":
             names += f"/--no-{self.name.replace('_', '-')}"
+        spellings = [names]
+        if self.kind == "mapping":  # a single one reads better in the singular
+            spellings.insert(0, names.removesuffix("s"))
         option = typer.Option(
-            names,
+            *spellings,
             help=f"{self.field.metadata['help']} (default: {self._shown()})",
             show_default=False,
             rich_help_panel=_PANELS[self.part],

@@ -6,13 +6,14 @@ A schedule is a pure function of the step, so a resumed run has the value that a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from rosakit.errors import InvalidInputError
+from rosakit.ops.estimators.registry import check_options
 
-__all__ = ["Schedule", "Shape"]
+__all__ = ["Schedule", "Shape", "read_schedules"]
 
 Shape = Literal["constant", "linear", "cosine", "geometric"]
 
@@ -67,3 +68,25 @@ class Schedule:
             value: float = self.start * (self.end / self.start) ** share
             return value
         return self.start + (self.end - self.start) * share
+
+
+def read_schedules(estimator: str, given: Mapping[str, Any]) -> dict[str, Schedule]:
+    """Schedules from a configuration: option name to the fields of a `Schedule`.
+
+    Raises:
+        InvalidInputError: the estimator has no such option, or a schedule does not fit.
+    """
+    check_options(estimator, dict(given))
+    known = [field.name for field in fields(Schedule)]
+    found = {}
+    for name, values in given.items():
+        if not isinstance(values, Mapping) or not {"start", "end"} <= set(values) <= set(known):
+            raise InvalidInputError(
+                f"the schedule of {name} must be a mapping with start and end, and where wanted "
+                f"{', '.join(known[2:])}; got {values!r}"
+            )
+        numbers = {k: v for k, v in values.items() if k != "shape"}
+        if not all(type(v) in (int, float) for v in numbers.values()):
+            raise InvalidInputError(f"the schedule of {name} must have numbers, got {values!r}")
+        found[name] = Schedule(**values)
+    return found

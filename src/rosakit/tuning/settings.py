@@ -18,6 +18,7 @@ from rosakit.errors import InvalidInputError
 from rosakit.tuning.config import RosaConfig
 from rosakit.tuning.data import DataConfig
 from rosakit.tuning.fields import check_fields, check_names, option
+from rosakit.tuning.schedules import read_schedules
 
 __all__ = ["TuneConfig", "load_config"]
 
@@ -65,6 +66,13 @@ class TuneConfig:
     schedule: Literal["cosine", "linear", "constant"] = option(
         "cosine", "How the learning rate falls after the warm-up."
     )
+    estimator_schedules: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Options of the estimator that move with training, like "
+            "{tau: {start: 1.0, end: 0.1}}; also shape (geometric, linear, cosine), begin, until."
+        },
+    )
     weight_decay: float = option(0.0, "Decoupled weight decay of matrices.", low=0)
     max_grad_norm: float = option(
         1.0, "Gradients are scaled down to this norm; 0 for never.", low=0
@@ -98,6 +106,13 @@ class TuneConfig:
         check_fields(self)
         if self.steps is not None and self.tokens is not None:
             raise InvalidInputError("give steps or tokens, not both")
+        if self.estimator_schedules:
+            if self.rosa is None or not self.rosa.adapters:
+                raise InvalidInputError(
+                    "estimator_schedules move options of the adapters; set adapters, or leave "
+                    "the schedules out"
+                )
+            read_schedules(self.rosa.estimator, self.estimator_schedules)
         trains = self.rosa is not None and (self.rosa.adapters or self.rosa.token_route)
         if not trains and self.lora_rank == 0:
             raise InvalidInputError(

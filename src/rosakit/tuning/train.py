@@ -25,6 +25,8 @@ from rosakit.tuning.loss import LossModel, find_head
 from rosakit.tuning.packing import PackedBlocks
 from rosakit.tuning.progress import LiveCallback, counting
 from rosakit.tuning.result import located, save_trained, set_trainable
+from rosakit.tuning.schedule_callback import ScheduleCallback
+from rosakit.tuning.schedules import read_schedules
 from rosakit.tuning.settings import TuneConfig
 from rosakit.tuning.sources import load_model
 from rosakit.tuning.trainer import RosaTrainer, StopCallback, last_checkpoint, verify_checkpoint
@@ -106,6 +108,10 @@ def tune(
     wrapped = _prepare(model, config)
     live = LiveCallback(config.batch_size * config.accumulate * config.length, show)
     stop = StopCallback()
+    callbacks = [live, stop]
+    if config.estimator_schedules and config.rosa is not None:
+        moved = read_schedules(config.rosa.estimator, config.estimator_schedules)
+        callbacks.append(ScheduleCallback(moved))
     trainer = RosaTrainer(
         wrapped,
         config,
@@ -113,7 +119,7 @@ def tune(
         train_blocks=train_blocks,
         eval_blocks=eval_blocks,
         identity=identity,
-        callbacks=[live, stop],
+        callbacks=callbacks,
     )
     try:
         with _interruptible(stop):
