@@ -64,7 +64,8 @@ def test_steps_equal_the_whole_sequence(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["251018_rosa_4bit_run", "251105_reverse_L2", [n for n in FILES if "4bit-mini" in n][0]]
+    "name",
+    ["251018_rosa_4bit_run", "251105_reverse_L2", next(n for n in FILES if "4bit-mini" in n)],
 )
 def test_every_tensor_counts(name, tmp_path):
     """Without any one of them, with another shape, or with one more: an error that names it."""
