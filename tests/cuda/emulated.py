@@ -17,6 +17,8 @@ import torch
 from rosakit import cuda
 from rosakit.cuda import credit as credit_launcher
 from rosakit.cuda import matcher
+from rosakit.cuda.stream import StreamMemory
+from rosakit.ops.oracle import suffix_match_oracle
 
 _HERE = Path(__file__).parent / "emulator"
 _KERNELS = Path(cuda.__file__).parent / "kernels"
@@ -121,6 +123,20 @@ def launch_stream(
     getattr(library, function)(
         *map(_pointer, tensors), ctypes.c_uint32(streams), *map(ctypes.c_uint32, numbers)
     )
+
+
+def stream_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets `StreamMemory` run on the CPU: kernels emulated, the oracle in the matcher's place."""
+
+    def launch(self, name, tensors, before, after):
+        launch_stream(name, tensors, before, after, self.keys.shape[2])
+
+    def by_oracle(q, k, *, max_length, min_length, segment_starts):
+        rules = {"max_length": max_length, "min_length": min_length}
+        return suffix_match_oracle(q, k, segment_starts=segment_starts, **rules)
+
+    monkeypatch.setattr(StreamMemory, "_launch", launch)
+    monkeypatch.setattr(matcher, "match", by_oracle)
 
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1}

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from rosakit import cuda
-from rosakit.cuda import matcher
 from rosakit.cuda.stream import StreamMemory
 from rosakit.errors import InvalidInputError, InvalidTypeError
 from rosakit.ops.oracle import suffix_match_oracle
@@ -35,16 +34,7 @@ ROUTES = len(FAMILIES)
 @pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
     if request.param == "cpu":
-
-        def launch(self, name, tensors, before, after):
-            emulated.launch_stream(name, tensors, before, after, self.keys.shape[2])
-
-        def match(q, k, *, max_length, min_length, segment_starts):
-            rules = {"max_length": max_length, "min_length": min_length}
-            return suffix_match_oracle(q, k, segment_starts=segment_starts, **rules)
-
-        monkeypatch.setattr(StreamMemory, "_launch", launch)
-        monkeypatch.setattr(matcher, "match", match)
+        emulated.stream_memory(monkeypatch)
     return request.param
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rosakit import native
-from rosakit.layers import RosaAdapter, RosaContext, RosaStates
+from rosakit import cuda, native
+from rosakit.layers import RosaAdapter, RosaContext, RosaStates, device_state
+from rosakit.layers import state as state_module
+from tests.cuda import emulated
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="compiled core missing")
 
@@ -25,3 +27,84 @@ def test_chunks_equal_the_whole(bits, unmatched):
         whole = adapter(u, RosaContext())
         parts = [adapter(part, RosaContext(states=states)) for part in u.split([7, 1, 12], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+# --- states in GPU memory -----------------------------------------------------------------------
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(
+                    not cuda.available(), reason=f"no GPU engine: {cuda.unavailable_reason()}"
+                ),
+            ],
+        ),
+    ]
+)
+def device(request, monkeypatch):
+    """A GPU, or the CPU with the kernels emulated and every state taken for one on a GPU."""
+    if request.param == "cpu":
+        emulated.stream_memory(monkeypatch)
+        allowed = {"auto": 16, "cuda": None, "cpu": 0}
+        monkeypatch.setattr(state_module, "positions_on_device", lambda a: allowed[a.backend])
+    else:
+        monkeypatch.setattr(device_state, "AUTO_POSITIONS", 16)
+    return request.param
+
+
+def streamed(adapter, u, sizes, mask=None):
+    states, parts, at = RosaStates(), [], 0
+    for n in sizes:
+        context = RosaContext(states=states, mask=None if mask is None else mask[:, at : at + n])
+        parts.append(adapter(u[:, at : at + n], context))
+        at += n
+    return torch.cat(parts, 1), states
+
+
+@pytest.mark.parametrize("unmatched", ["zero", "self", "null"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_states_on_the_device_give_the_same_numbers(device, unmatched, padded):
+    """ "auto" moves to the host on the way, "cuda" stays, "cpu" never was there."""
+    torch.manual_seed(1)
+    adapter = RosaAdapter(24, bits=4, routes=3, unmatched=unmatched).to(device)
+    torch.nn.init.normal_(adapter.o_proj.weight)
+    u = torch.randn(3, 24)[torch.randint(0, 3, (2, 30))].to(device)
+    mask = None
+    if padded:
+        mask = torch.ones(2, 30, dtype=torch.bool)
+        mask[0, :5] = False
+        mask[1, 3] = False
+    results = {}
+    with torch.no_grad():
+        for backend in ("cpu", "cuda", "auto"):
+            adapter.backend = backend
+            results[backend], states = streamed(adapter, u, (10, 1, 1, 13, 1, 4), mask)
+            on_device = isinstance(states.adapters[0], device_state.DeviceState)
+            assert on_device == (backend == "cuda")
+            assert states.nbytes > 0
+    keep = slice(None) if mask is None else mask
+    for backend in ("cuda", "auto"):
+        torch.testing.assert_close(results[backend][keep], results["cpu"][keep])
+
+
+def test_reordering_and_truncation_on_the_device(device):
+    torch.manual_seed(2)
+    adapter = RosaAdapter(24, bits=4, routes=3).to(device)
+    torch.nn.init.normal_(adapter.o_proj.weight)
+    u = torch.randn(3, 24)[torch.randint(0, 3, (2, 20))].to(device)
+    with torch.no_grad():
+        whole = adapter(u, RosaContext())
+        adapter.backend = "cuda"
+        _, states = streamed(adapter, u, (12, 1))
+        states.truncate(torch.tensor([9, 9]))
+        states.select(torch.tensor([1, 0]))
+        again = adapter(u.flip(0)[:, 9:], RosaContext(states=states))
+        torch.testing.assert_close(again, whole.flip(0)[:, 9:])
+        states.settle([adapter])
+        assert isinstance(states.adapters[0], state_module.AdapterState)
+        assert (states.adapters[0].values.lengths == 20).all()

@@ -121,13 +121,7 @@ class StreamMemory:
     def _whole(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Match:
         """The whole history once more, by the matcher; then the runs of the newest position."""
         batch, routes, n = q.shape
-        if mask is None:
-            own = self.lengths[:, None] + torch.arange(n, device=self.device)
-            place = own
-        else:
-            real = mask.to(torch.int64)
-            own = self.lengths[:, None] + real.cumsum(1) - real
-            place = torch.where(mask, own, self._most + n)  # a column that no row reaches
+        own, place = self.places(self.lengths, self._most, n, mask)
         index = place[:, None].expand(batch, routes, n)
         self.queries.scatter_(2, index, q)
         self.keys.scatter_(2, index, k)
@@ -150,6 +144,28 @@ class StreamMemory:
             length = length.masked_fill(~mask[:, None], 0)
         self._rebuild()
         return Match(position, length)
+
+    def places(
+        self, lengths: Tensor, most: int, n: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Row positions of a chunk ``[B, n]``, and the columns of a table to write it to.
+
+        A masked position gets the position of the next real one, and a column that no row reaches.
+
+        Args:
+            lengths, most: of the memory before the chunk.
+        """
+        if mask is None:
+            own = lengths[:, None] + torch.arange(n, device=self.device)
+            return own, own
+        real = mask.to(self.device, torch.int64)
+        own = lengths[:, None] + real.cumsum(1) - real
+        return own, torch.where(real > 0, own, most + n)
+
+    @property
+    def most(self) -> int:
+        """A bound of the rows' lengths, known without asking the device."""
+        return self._most
 
     def _grow(self, n: int, mask: Tensor | None) -> None:
         self.lengths = self.lengths + (n if mask is None else mask.sum(1))

@@ -311,7 +311,7 @@ class RosaAdapter(nn.Module):
     ) -> tuple[Tensor, Match | None]:
         """The same numbers as a whole-sequence pass, from the state of a cache."""
         assert context.states is not None
-        state = context.states.adapter(self, v.shape[0])
+        state = context.states.growing(self, v.shape[0], v.shape[1])
         match, channels = None, [v]
         if self.address == "token":
             match = self._token_match(context)

@@ -5,13 +5,14 @@ is its ``p``-th real token. Every operation that a generation loop performs on i
 reorder, crop, batch selection, reset) has its counterpart here.
 
 States live in host memory, beside the suffix memories that the C++ core keeps there, so the
-device holds nothing that grows with the context. A chunk costs one transfer to the host (the bits
+device holds nothing that grows with the context (but for short contexts on a GPU, see
+`rosakit.layers.device_state`). A chunk costs one transfer to the host (the bits
 of q, k and v together) and one back (the value bits that were read).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from rosakit import native, symbols
 from rosakit.errors import InvalidInputError
+from rosakit.layers.device_state import DeviceState, positions_on_device
 from rosakit.layers.token_match import TokenCandidates
 from rosakit.types import Match
 
@@ -125,6 +127,17 @@ class AdapterState:
             else None
         )
         self.values = History(batch, adapter.routes, np.uint8 if adapter.bits <= 8 else np.uint16)
+
+    @classmethod
+    def moved(cls, adapter: RosaAdapter, state: DeviceState) -> AdapterState:
+        """The same state in host memory."""
+        (q, k, value), real = state.history()
+        made = cls(adapter, len(real))
+        if real.shape[1]:
+            assert made.memory is not None
+            made.memory.extend(q.numpy(), k.numpy(), mask=real.numpy())
+            made.values.append(value.numpy(), real.numpy())
+        return made
 
     @property
     def nbytes(self) -> int:
@@ -291,13 +304,38 @@ class RosaStates:
     def __init__(self) -> None:
         self.lengths: Tensor | None = None
         self.token: TokenState | None = None
-        self.adapters: dict[int, AdapterState] = {}
+        self.adapters: dict[int, AdapterState | DeviceState] = {}
 
     def adapter(self, module: RosaAdapter, batch: int) -> AdapterState:
-        """The state of one adapter."""
-        if module.layer_index not in self.adapters:
-            self.adapters[module.layer_index] = AdapterState(module, batch)
-        return self.adapters[module.layer_index]
+        """The state of one adapter, in host memory: moved there if it was on the device."""
+        state = self.adapters.get(module.layer_index)
+        if state is None:
+            state = AdapterState(module, batch)
+        elif isinstance(state, DeviceState):
+            state = AdapterState.moved(module, state)
+        self.adapters[module.layer_index] = state
+        return state
+
+    def growing(self, module: RosaAdapter, batch: int, more: int) -> AdapterState | DeviceState:
+        """The state of one adapter, where the next `more` positions are best added.
+
+        On the device as far as `positions_on_device` allows, then in host memory.
+        """
+        state = self.adapters.get(module.layer_index)
+        if state is None:
+            limit = positions_on_device(module)
+            if limit is None or more <= limit:
+                state = self.adapters[module.layer_index] = DeviceState(module, batch, limit)
+        if isinstance(state, DeviceState) and not state.full(more):
+            return state
+        return self.adapter(module, batch)
+
+    def settle(self, modules: Iterable[RosaAdapter]) -> None:
+        """Bring every state to host memory, as saving wants it."""
+        for module in modules:
+            state = self.adapters.get(module.layer_index)
+            if isinstance(state, DeviceState):
+                self.adapters[module.layer_index] = AdapterState.moved(module, state)
 
     def tokens(self, batch: int, candidates: int, min_length: int) -> TokenState:
         """The state of the token stream."""
@@ -343,7 +381,7 @@ class RosaStates:
         self.lengths, self.token = None, None
         self.adapters.clear()
 
-    def _each(self) -> Iterator[AdapterState | TokenState]:
+    def _each(self) -> Iterator[AdapterState | DeviceState | TokenState]:
         yield from self.adapters.values()
         if self.token is not None:
             yield self.token

@@ -68,6 +68,7 @@ def save_session(
         CheckpointError: it cannot be written; what the file held before is unchanged.
     """
     carrier = _carrier(model, cache)
+    carrier.states.settle(adapters_of(model).values())
     if input_ids is not None and input_ids.shape[1] != carrier.index.length:
         raise InvalidInputError(
             f"input_ids has {input_ids.shape[1]} positions, the cache has read "

@@ -1,0 +1,126 @@
+"""`DeviceState`: one adapter's streaming state in GPU memory, and when it is chosen.
+
+A step never leaves the device, at the price of memory that grows with the context
+(`docs/guide/backends.md` has the measured figures): 7 bytes a route and position, where the
+window's keys and values do not grow. So ``backend="auto"`` keeps a state on the device for short
+contexts only and then moves it to the host; ``"cuda"`` keeps it there, ``"cpu"`` never does.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rosakit import cuda, symbols
+from rosakit.cuda.stream import StreamMemory
+from rosakit.ops.retrieve import gpu_kernels, values_of_bits
+from rosakit.ops.rows import channel_mask
+from rosakit.types import Match
+
+if TYPE_CHECKING:
+    from rosakit.layers.adapter import RosaAdapter
+
+AUTO_POSITIONS = 4096
+"""Positions up to which "auto" keeps a state on the device: below the measured crossover of the
+steps, and about the memory that a window of 2048 takes in a layer of the same width."""
+
+_OPTIONS = (
+    *("address", "bits", "routes", "unmatched", "granularity", "successor"),
+    *("max_length", "min_length"),
+)
+
+
+def positions_on_device(adapter: RosaAdapter) -> int | None:
+    """How many positions the adapter's state may hold on its device: 0 none, None any number."""
+    fits = adapter.bits <= 8 and adapter.granularity == "token" and adapter.address == "learned"
+    on_gpu = adapter.e0.is_cuda and cuda.available()
+    if not fits or not on_gpu or adapter.backend not in ("auto", "cuda"):
+        return 0
+    return None if adapter.backend == "cuda" else AUTO_POSITIONS
+
+
+class DeviceState:
+    """What one adapter remembers, on a GPU; the same numbers as `AdapterState`.
+
+    Args:
+        adapter: the adapter whose options the state follows.
+        batch: number of rows.
+        limit: positions after which `full` says so; None for never.
+    """
+
+    def __init__(self, adapter: RosaAdapter, batch: int, limit: int | None) -> None:
+        # Not the module: a cache is copied without the model.
+        self.options = SimpleNamespace(**{name: getattr(adapter, name) for name in _OPTIONS})
+        self.limit = limit
+        device = adapter.e0.device
+        self.memory = StreamMemory(
+            batch,
+            adapter.routes,
+            bits=adapter.bits,
+            max_length=adapter.max_length,
+            min_length=adapter.min_length,
+            device=device,
+        )
+        self.values = torch.empty((batch, adapter.routes, 0), dtype=torch.uint8, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory held."""
+        return self.memory.nbytes + self.values.numel()
+
+    def full(self, more: int) -> bool:
+        """Whether `more` positions go beyond the limit."""
+        return self.limit is not None and self.memory.most + more > self.limit
+
+    def extend(
+        self,
+        channels: list[Tensor],
+        match: Match | None,
+        mask: Tensor | None,
+        e0: Tensor,
+        e1: Tensor,
+        e_null: Tensor | None,
+    ) -> tuple[Tensor, Match]:
+        """As `AdapterState.extend`; the match is on the device."""
+        assert match is None
+        bits, v = self.options.bits, channels[-1]
+        kernels = gpu_kernels(v, v, bits)
+        pack = symbols.pack if kernels is None else kernels.pack
+        q, k, value = (pack(x, bits) for x in channels)
+        before, most = self.memory.lengths, self.memory.most
+        found = self.memory.extend(q, k, mask=mask)
+        own, place = self.memory.places(before, most, value.shape[2], mask)
+        missing = self.memory.keys.shape[2] - self.values.shape[2]
+        if missing:
+            self.values = torch.nn.functional.pad(self.values, (0, missing))
+        self.values.scatter_(2, place[:, None].expand_as(value), value)
+        position = found.position
+        if self.options.unmatched == "self":
+            position = torch.where(position >= 0, position, own[:, None].to(torch.int32))
+        read = self.values.gather(2, position.clamp(min=0).to(torch.int64))
+        matched = channel_mask(position, bits)
+        return values_of_bits(symbols.unpack(read, bits), matched, e0, e1, e_null, v.dtype), found
+
+    def select(self, rows: Tensor) -> None:
+        """Keep rows in the given order (beam search)."""
+        self.memory = self.memory.index_select(rows)
+        self.values = self.values[rows.to(self.values.device)]
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Forget what lies past the given lengths ``[B]``."""
+        self.memory.truncate(lengths)
+
+    def history(self) -> tuple[list[Tensor], Tensor]:
+        """What moving to the host starts from.
+
+        Returns:
+            Queries, keys and values ``[B, R, n]``, and which are real ``[B, n]``, on the host.
+        """
+        lengths = self.memory.lengths.cpu()
+        longest = int(lengths.max()) if len(lengths) else 0
+        tables = (self.memory.queries, self.memory.keys, self.values)
+        real = torch.arange(longest) < lengths[:, None]
+        return [x[..., :longest].contiguous().cpu() for x in tables], real
