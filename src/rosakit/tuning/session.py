@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rosakit.errors import CheckpointError, InvalidInputError
-from rosakit.layers.state import History, TokenState
+from rosakit.layers.state import AdapterState, History, TokenState
 from rosakit.native import SuffixMemory
 from rosakit.tuning.attach import adapters_of, controller_of
 from rosakit.tuning.cache import RosaCacheLayer, SinkWindowLayer, prepare_cache
@@ -92,6 +92,7 @@ def save_session(
         if states.lengths is not None:
             yield _tensor("lengths", states.lengths)
         for number, state in states.adapters.items():
+            assert isinstance(state, AdapterState)  # `settle` has seen to it
             yield _history("bits", state.values, layer=number)
             if state.memory is not None:
                 yield {"name": "memory", "layer": number}, state.memory.to_bytes()
