@@ -1,0 +1,1 @@
+"""The evidence: arms trained alike on one GPU, measured with every control, several seeds."""

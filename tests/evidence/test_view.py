@@ -1,0 +1,98 @@
+"""The experiments' attention: the window of the library, and recalled spans as defined."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from benchmarks.evidence import view as module
+from benchmarks.evidence.view import Seen, View, scattered, viewing
+
+from rosakit.layers.token_match import best_successors
+from rosakit.tuning import RosaConfig, attach, detach
+from tests.tuning.tiny import build, tokens
+
+
+def logits(model, ids, view=None):
+    with torch.no_grad():
+        if view is None:
+            return model(input_ids=ids, use_cache=False).logits
+        with viewing(model, view):
+            return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("length", [5, 16, 40, 67])
+def test_the_window_is_the_librarys(length):
+    model, ids = build(depth=2), tokens(2, length)
+    for window, sinks in ((8, 3), (8, 0), (64, 2)):
+        here = logits(model, ids, View(window, sinks=sinks))
+        attach(model, RosaConfig(window=window, sink_tokens=sinks, adapters=False))
+        there = logits(model, ids)
+        detach(model)
+        assert torch.allclose(here, there, atol=1e-5)
+
+
+def test_without_a_window_the_model_is_untouched():
+    model, ids = build(depth=2), tokens(2, 40)
+    before = model.config._attn_implementation
+    plain = logits(model, ids)
+    assert torch.allclose(logits(model, ids, View(None)), plain, atol=1e-5)
+    assert model.config._attn_implementation == before
+    # Spans that cover everything are full attention again.
+    everything = View(4, recall=8, before=64, after=64)
+    repeated = torch.cat([ids, ids], dim=1)
+    seen = Seen(everything, repeated, torch.float32).bias(0, True)
+    # Wherever every earlier token lies within 64 of a match, nothing is hidden.
+    assert (seen[:, 0, 60] == 0).sum(-1).tolist() == [61, 61]
+
+
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_recalled_spans_are_the_surroundings_of_matches(chunk, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    ids = tokens(2, 50, kinds=5)
+    view = View(6, sinks=2, recall=3, before=2, after=3, least=2)
+    found = best_successors(ids, 3, min_length=2)
+    seen = Seen(view, ids, torch.float32)
+    for start in range(0, 50, chunk):
+        bias = seen.bias(start, True)[:, 0]
+        for b in range(2):
+            for i in range(start, min(50, start + chunk)):
+                keys = {j for j in range(i + 1) if i - j < 6 or j < 2}
+                for p in found.position[b, i].tolist():
+                    if p >= 0:
+                        keys |= {j for j in range(p - 2, p + 3) if 0 <= j <= i}
+                shown = {j for j in range(bias.shape[-1]) if bias[b, i - start, j] == 0}
+                assert shown == keys
+
+
+def test_layers_and_random_places():
+    model, ids = build(depth=2), tokens(1, 60, kinds=5)
+    window, recall = View(6), View(6, recall=4)
+    plain, both = logits(model, ids, window), logits(model, ids, recall)
+    one = logits(model, ids, View(6, recall=4, layers=(1,)))
+    assert not torch.allclose(plain, both, atol=1e-4)
+    assert not torch.allclose(one, both, atol=1e-4)
+    assert torch.allclose(logits(model, ids, View(6, recall=4, layers=())), plain, atol=1e-5)
+    found = best_successors(ids, 4)
+    other = scattered(found)
+    assert ((other.position >= 0) == (found.position >= 0)).all()
+    assert (other.position <= torch.arange(60)[None, :, None]).all()
+
+    # They mean nothing: the token before them is the current one no more often than by chance.
+    def agree(match):
+        valid = match.position > 0
+        before = (match.position - 1).clamp(min=0).long()
+        same = ids[0][before[0]] == ids[0][:, None]
+        return float(same[valid[0]].float().mean())
+
+    assert agree(found) == 1.0
+    assert agree(other) < 0.5
+
+
+def test_gradients_flow_through_every_form():
+    for view in (View(4), View(4, recall=2), View(None)):
+        model = build(depth=1)
+        with viewing(model, view):
+            model(input_ids=tokens(1, 24)).logits.sum().backward()
+        weight = model.model.layers[0].self_attn.k_proj.weight
+        assert torch.isfinite(weight.grad).all()
+        assert weight.grad.abs().sum() > 0
