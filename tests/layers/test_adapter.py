@@ -32,6 +32,12 @@ VARIANTS = {
     "untied": {"tied_start": False},
     "token": {"address": "token"},
     "narrow": {"routes": 2},
+    "shared": {"shared_qk": True},
+    "margin": {"credit_margin": 1.0},
+    "tiers": {"address": "token", "length_tiers": (1, 2)},
+    "hash": {"address": "hash", "hash_orders": (1, 2)},
+    "refined": {"address": "hash", "hash_orders": (1, 2), "hash_refine": True},
+    "refined_shared": {"address": "hash", "hash_refine": True, "shared_qk": True},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,18 +10,22 @@ from torch import Tensor, nn
 
 from rosakit import symbols
 from rosakit.errors import InvalidInputError
+from rosakit.layers.address_options import check_address_options
 from rosakit.layers.context import RosaContext
+from rosakit.layers.credit import credit_margin
+from rosakit.layers.hashing import code_channels, context_codes
 from rosakit.layers.projection import Projection, Projections
 from rosakit.ops import ahead
 from rosakit.ops.ahead import Ahead
 from rosakit.ops.estimators import registry
 from rosakit.ops.match import check_options as check_match_options
+from rosakit.ops.match import suffix_match
 from rosakit.ops.retrieve import retrieve
 from rosakit.ops.rosa import rosa
 from rosakit.types import NO_MATCH, Granularity, Match, Successor, Unmatched
 
 Inject = Literal["post_attn", "pre_attn"]
-Address = Literal["learned", "token"]
+Address = Literal["learned", "token", "hash"]
 AdapterBackend = Literal["auto", "cpu", "cuda", "pipeline"]
 
 
@@ -58,9 +63,21 @@ class RosaAdapter(nn.Module):
         min_length: a shorter best match is no match.
         own_value: adds the position's own value as a second input of ``W_o``.
         retrieve: False is the control: every retrieved value is the position's own.
-        address: "learned" (projections q and k), or "token": the exact token-id match, shared by
-            all routes; then the adapter has no q and k.
+        address: "learned" (projections q and k); "token": the exact token-id match, then the
+            adapter has no q and k; or "hash": hash codes of token contexts, fixed or refined.
         tied_start: start the key projection as a copy of the query projection.
+        shared_qk: one projection for queries and keys, which gets the sum of their gradients.
+        candidates: "token" only: route ``r`` reads the successor of rank ``r % candidates`` among
+            those that the forward pass found.
+        length_tiers: "token" and fixed "hash" only: minimal match lengths that the routes (of
+            each candidate) take in turn, so that the output projection can tell long matches from
+            short ones; () for `min_length` everywhere.
+        hash_orders: "hash" only: tokens a context, dealt to the routes in turn.
+        hash_refine: "hash" only: add learned projections, which start at zero, to the codes.
+        hash_scale: distance of a fixed code bit from the threshold that a refinement has to cross.
+        hash_seed: another seed gives other codes.
+        credit_margin: q and k get a gradient only within this distance of the threshold; None
+            for everywhere.
         backend: who matches whole sequences: "auto" (the device of the symbols), "cpu", "cuda", or
             "pipeline": the CPU, beside what the GPU does between `begin` and the read. "pipeline"
             needs estimator "counterfactual".
@@ -92,6 +109,14 @@ class RosaAdapter(nn.Module):
         retrieve: bool = True,
         address: Address = "learned",
         tied_start: bool = True,
+        shared_qk: bool = False,
+        candidates: int = 1,
+        length_tiers: Sequence[int] = (),
+        hash_orders: Sequence[int] = (1, 2, 3, 4),
+        hash_refine: bool = False,
+        hash_scale: float = 1.0,
+        hash_seed: int = 0,
+        credit_margin: float | None = None,
         backend: AdapterBackend = "auto",
         layer_index: int = 0,
         rank: int | None = None,
@@ -108,7 +133,7 @@ class RosaAdapter(nn.Module):
         for name, value, allowed in (
             ("inject", inject, ("post_attn", "pre_attn")),
             ("unmatched", unmatched, ("zero", "self", "null")),
-            ("address", address, ("learned", "token")),
+            ("address", address, ("learned", "token", "hash")),
             ("backend", backend, ("auto", "cpu", "cuda", "pipeline")),
         ):
             if value not in allowed:
@@ -124,6 +149,18 @@ class RosaAdapter(nn.Module):
                 f"backend='pipeline' serves estimator='counterfactual', not {estimator!r}; "
                 "use backend='auto'"
             )
+        self.learns_address = address == "learned" or (address == "hash" and hash_refine)
+        check_address_options(
+            address,
+            learned=self.learns_address,
+            shared_qk=shared_qk,
+            candidates=candidates,
+            length_tiers=length_tiers,
+            hash_orders=hash_orders,
+            hash_refine=hash_refine,
+            hash_scale=hash_scale,
+            credit_margin=credit_margin,
+        )
         check_match_options(granularity, successor, max_length, min_length, bits, backend)
         registry.check_options(estimator, estimator_options or {})
         self.hidden_size, self.bits, self.routes = hidden_size, bits, routes
@@ -134,6 +171,13 @@ class RosaAdapter(nn.Module):
         self.own_value, self.retrieve, self.address = own_value, retrieve, address
         self.tied_start, self.layer_index = tied_start, layer_index
         self.backend = backend
+        self.candidates, self.length_tiers = candidates, tuple(length_tiers)
+        self.hash_orders, self.hash_scale, self.hash_seed = (
+            tuple(hash_orders),
+            hash_scale,
+            hash_seed,
+        )
+        self.credit_margin = credit_margin
 
         channels = routes * bits
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -142,9 +186,11 @@ class RosaAdapter(nn.Module):
                 hidden_size,
                 channels,
                 rank,
-                addresses=address == "learned",
+                addresses=self.learns_address,
                 own_value=own_value,
                 tied_start=tied_start,
+                shared_qk=shared_qk,
+                silent_addresses=address == "hash",
                 **options,
             )
         else:
@@ -160,12 +206,12 @@ class RosaAdapter(nn.Module):
 
     @property
     def q_proj(self) -> Projection | None:
-        """``W_q``, None with ``address="token"``."""
+        """``W_q``, None for addresses that nothing trains."""
         return self.projections.w_q
 
     @property
     def k_proj(self) -> Projection | None:
-        """``W_k``, None with ``address="token"``."""
+        """``W_k``, None for addresses that nothing trains, and with `shared_qk`."""
         return self.projections.w_k
 
     @property
@@ -210,11 +256,10 @@ class RosaAdapter(nn.Module):
             self.backend != "pipeline"
             or not self.retrieve
             or context.states is not None
-            or self.q_proj is None
-            or self.k_proj is None
+            or not self.learns_address
         ):
             return None
-        q, k = self.q_proj(u), self.k_proj(u)
+        q, k = self.addresses(u, context)
         started = ahead.begin(
             q,
             k,
@@ -256,10 +301,12 @@ class RosaAdapter(nn.Module):
     ) -> tuple[Tensor, Match | None]:
         if not self.retrieve:
             return self._own(v), None
+        if context.keep_inputs and self.learns_address:
+            context.inputs[self.layer_index] = u.detach()
         if context.states is not None:
             return self._read_streaming(u, v, context)
-        if self.address == "token":
-            match = self._token_match(context)
+        if not self.learns_address:
+            match = self._fixed_match(context)
             y = retrieve(
                 v,
                 match.position.expand(-1, self.routes, -1),
@@ -270,9 +317,7 @@ class RosaAdapter(nn.Module):
                 e_null=self.e_null,
             )
             return y, match
-        assert self.q_proj is not None
-        assert self.k_proj is not None
-        q, k = (self.q_proj(u), self.k_proj(u)) if begun is None else (begun.q, begun.k)
+        q, k = self.addresses(u, context) if begun is None else (begun.q, begun.k)
         return rosa(
             q,
             k,
@@ -294,14 +339,92 @@ class RosaAdapter(nn.Module):
             **self.estimator_options,
         )
 
+    def addresses(self, u: Tensor, context: RosaContext) -> tuple[Tensor, Tensor]:
+        """Real-valued queries and keys ``[B, T, C]`` of learned or refined addresses."""
+        assert self.q_proj is not None
+        q = self.q_proj(u)
+        k = q if self.k_proj is None else self.k_proj(u)
+        if self.address == "hash":
+            codes = code_channels(self._codes(context), self.bits, self.hash_scale, q.dtype)
+            q, k = codes + q, codes + k
+        return credit_margin(q, self.credit_margin), credit_margin(k, self.credit_margin)
+
+    def _codes(self, context: RosaContext) -> Tensor:
+        """Hash codes ``[B, R, T]`` of this pass's token contexts; computed by the first layer."""
+        name = ("codes", self.routes, self.bits, self.hash_orders, self.hash_seed)
+        if name not in context.shared:
+            context.shared[name] = context_codes(
+                context.windows(max(self.hash_orders)),
+                self.hash_orders,
+                routes=self.routes,
+                bits=self.bits,
+                seed=self.hash_seed,
+            )
+        found: Tensor = context.shared[name]
+        return found
+
+    def match_name(self) -> tuple[Hashable, ...]:
+        """Adapters whose fixed addresses find the same have the same name."""
+        name: tuple[Hashable, ...] = (self.address, self.min_length, self.length_tiers)
+        if self.address == "token":
+            return (*name, self.candidates, self.routes)
+        hashed = (self.routes, self.bits, self.hash_orders, self.hash_seed)
+        return (*name, *hashed, self.granularity, self.successor, self.max_length)
+
+    def _fixed_match(self, context: RosaContext) -> Match:
+        """The match of addresses that nothing trains; computed by the first layer.
+
+        ``[B, R, T]``, or ``[B, 1, T]`` where all routes have the same; in host memory when
+        streaming.
+        """
+        name = ("match", *self.match_name())
+        if name not in context.shared:
+            if self.address == "token":
+                match = self._token_match(context)
+            elif context.states is not None:
+                state = context.states.codes(self, len(self._codes(context)))
+                match = state.extend(self._codes(context), context.mask)
+            else:
+                codes = self._codes(context)
+                match = suffix_match(
+                    codes,
+                    codes,
+                    granularity=self.granularity,
+                    successor=self.successor,
+                    max_length=self.max_length,
+                    min_length=self.min_length,
+                    segment_starts=context.segment_starts,
+                    backend="auto" if self.backend == "pipeline" else self.backend,
+                )
+            context.shared[name] = self._tiered(match)
+        found: Match = context.shared[name]
+        return found
+
     def _token_match(self, context: RosaContext) -> Match:
-        if context.token_match is None:
+        """The candidate of every route: ``[B, R, T]``, or ``[B, 1, T]`` where all have one."""
+        match = context.token_match
+        if match is None:
             raise InvalidInputError(
                 "address='token' needs the token ids of this forward pass; call the model with "
                 "input_ids instead of inputs_embeds, or use address='learned'"
             )
-        match = context.token_match
-        short = match.length < self.min_length
+        if match.position.shape[1] < self.candidates:
+            raise InvalidInputError(
+                f"this forward pass found {match.position.shape[1]} candidates, the adapter reads "
+                f"{self.candidates}"
+            )
+        if self.candidates == 1 and not self.length_tiers:
+            return Match(match.position[:, :1], match.length[:, :1])
+        rank = torch.arange(self.routes, device=match.position.device) % self.candidates
+        return Match(match.position[:, rank], match.length[:, rank])
+
+    def _tiered(self, match: Match) -> Match:
+        """Leave out matches that are too short for their route."""
+        least: int | Tensor = self.min_length
+        if self.length_tiers:
+            turn = torch.arange(self.routes) // self.candidates % len(self.length_tiers)
+            least = torch.tensor(self.length_tiers)[turn][None, :, None].to(match.length.device)
+        short = match.length < least
         return Match(
             match.position.masked_fill(short, NO_MATCH), match.length.masked_fill(short, 0)
         )
@@ -313,12 +436,10 @@ class RosaAdapter(nn.Module):
         assert context.states is not None
         state = context.states.growing(self, v.shape[0], v.shape[1])
         match, channels = None, [v]
-        if self.address == "token":
-            match = self._token_match(context)
+        if self.learns_address:
+            channels = [*self.addresses(u, context), v]
         else:
-            assert self.q_proj is not None
-            assert self.k_proj is not None
-            channels = [self.q_proj(u), self.k_proj(u), v]
+            match = self._fixed_match(context)
         return state.extend(channels, match, context.mask, self.e0, self.e1, self.e_null)
 
     def extra_repr(self) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from rosakit.errors import InvalidInputError
+from rosakit.layers.hashing import token_windows
 from rosakit.types import Match
 
 if TYPE_CHECKING:
@@ -23,11 +26,16 @@ class RosaContext:
         segment_starts: int32 ``[B, T]``, see `rosakit.ops.segments`; whole sequences only.
         mask: bool ``[B, T]``, real positions of this chunk; streaming only.
         states: the streaming states when a cache is in use, else None.
-        token_match: exact token-id match of this chunk ``[B, 1, T]``, for ``address="token"``; in
-            host memory when streaming.
+        token_match: exact token-id matches of this chunk ``[B, K, T]``, best first, for
+            ``address="token"``; in host memory when streaming.
+        recent: each position's last tokens, int64 ``[reach, B, T]`` (see
+            `rosakit.layers.hashing.token_windows`), for ``address="hash"``; streaming only.
         candidates: successor tokens of the best matches, for the token route.
         matches: filled by the adapters when `record` is set: layer index to its hard match
             (in host memory when streaming).
+        keep_inputs: adapters with trained addresses leave what they read in `inputs`.
+        inputs: layer index to the adapter's input ``[B, T, H]``, without its graph.
+        shared: what the first adapter computes and the others use again, by name.
     """
 
     input_ids: Tensor | None = None
@@ -35,6 +43,25 @@ class RosaContext:
     mask: Tensor | None = None
     states: RosaStates | None = None
     token_match: Match | None = None
+    recent: Tensor | None = None
     candidates: TokenCandidates | None = None
     record: bool = False
     matches: dict[int, Match] = field(default_factory=dict)
+    keep_inputs: bool = False
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    shared: dict[Hashable, Any] = field(default_factory=dict)
+
+    def windows(self, reach: int) -> Tensor:
+        """Each position's last `reach` tokens, int64 ``[reach, B, T]``.
+
+        Raises:
+            InvalidInputError: the token ids of this pass are not known.
+        """
+        if self.recent is not None:
+            return self.recent[:reach]
+        if self.input_ids is None or self.states is not None:
+            raise InvalidInputError(
+                "address='hash' needs the token ids of this forward pass; call the model with "
+                "input_ids instead of inputs_embeds, or use address='learned'"
+            )
+        return token_windows(self.input_ids, reach, self.segment_starts)

@@ -90,6 +90,8 @@ class Projections(nn.Module):
         addresses: whether there are ``W_q`` and ``W_k``.
         own_value: whether there is the own value's map.
         tied_start: start ``W_k`` as a copy of ``W_q``.
+        shared_qk: no ``W_k``: keys are projected by ``W_q``.
+        silent_addresses: start ``W_q`` and ``W_k`` at zero, as refinements of fixed codes.
         device: where the parameters live.
         dtype: their type.
     """
@@ -103,17 +105,19 @@ class Projections(nn.Module):
         addresses: bool = True,
         own_value: bool = False,
         tied_start: bool = True,
+        shared_qk: bool = False,
+        silent_addresses: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.tied_start = tied_start
+        self.tied_start, self.silent_addresses = tied_start, silent_addresses
 
         def map_of(in_features: int, out_features: int) -> Projection:
             return Projection(in_features, out_features, rank, device=device, dtype=dtype)
 
         self.w_q = map_of(hidden_size, channels) if addresses else None
-        self.w_k = map_of(hidden_size, channels) if addresses else None
+        self.w_k = map_of(hidden_size, channels) if addresses and not shared_qk else None
         self.w_v = map_of(hidden_size, channels)
         self.w_o = map_of(channels, hidden_size)
         self.w_own = map_of(channels, hidden_size) if own_value else None
@@ -122,9 +126,10 @@ class Projections(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Addresses and values of unit variance, outputs zero."""
-        for projection in (self.w_q, self.w_k, self.w_v):
+        self.w_v.reset()
+        for projection in (self.w_q, self.w_k):
             if projection is not None:
-                projection.reset()
+                projection.reset(zero=self.silent_addresses)
         if self.tied_start and self.w_q is not None and self.w_k is not None:
             self.w_k.load_state_dict(self.w_q.state_dict())
         self.w_o.reset(zero=True)

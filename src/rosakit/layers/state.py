@@ -12,7 +12,7 @@ of q, k and v together) and one back (the value bits that were read).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,9 @@ from torch import Tensor
 from rosakit import native, symbols
 from rosakit.errors import InvalidInputError
 from rosakit.layers.device_state import DeviceState, positions_on_device
+from rosakit.layers.history import History
 from rosakit.layers.token_match import TokenCandidates
+from rosakit.layers.token_states import CodeState, FarState, RecentTokens
 from rosakit.types import Match
 
 if TYPE_CHECKING:
@@ -37,70 +39,6 @@ launches on a device; longer chunks pack first and move fewer bytes."""
 
 _NULL = 2
 """What stands for "no match" among value bits."""
-
-
-class History:
-    """A growing ``[B, W, length]`` table of integers, each row with its own length.
-
-    Args:
-        batch: B.
-        width: W, entries a position.
-        dtype: integer dtype.
-    """
-
-    def __init__(self, batch: int, width: int, dtype: npt.DTypeLike) -> None:
-        self.table: Array = np.zeros((batch, width, 0), dtype)
-        self.lengths: Array = np.zeros(batch, np.int64)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes reserved."""
-        return int(self.table.nbytes)
-
-    def append(self, chunk: Array, mask: Array | None) -> Array:
-        """Add ``chunk [B, W, n]`` where ``mask [B, n]``; returns the row positions ``[B, n]``.
-
-        A masked position gets the position that the next real one will have.
-        """
-        batch, _, n = chunk.shape
-        if mask is None:
-            steps, added = np.arange(n)[None], np.full(batch, n)
-        else:
-            steps, added = np.cumsum(mask, 1) - mask, mask.sum(1)
-        after = self.lengths + added
-        # One more than there is: a masked position at the end points past it.
-        self._reserve(int(after.max(initial=0)) + 1)
-        for row in range(batch):
-            real = chunk[row] if mask is None else chunk[row][:, mask[row]]
-            self.table[row, :, self.lengths[row] : after[row]] = real
-        position: Array = self.lengths[:, None] + steps
-        self.lengths = after
-        return position
-
-    def _reserve(self, length: int) -> None:
-        capacity = self.table.shape[2]
-        if length > capacity:
-            # Half as much again: a table of a long context is large.
-            grown = max(length, capacity + capacity // 2, 64)
-            table = np.zeros((*self.table.shape[:2], grown), self.table.dtype)
-            table[:, :, :capacity] = self.table
-            self.table = table
-
-    def read(self, position: Array) -> Array:
-        """Entries at ``position [B, W, n]`` (nonnegative)."""
-        batch, width, capacity = self.table.shape
-        base = np.arange(batch * width).reshape(batch, width, 1) * capacity
-        found: Array = self.table.reshape(-1)[base + position]
-        return found
-
-    def select(self, rows: Tensor) -> None:
-        """Keep rows in the given order (beam search)."""
-        order = rows.cpu().numpy()
-        self.table, self.lengths = self.table[order], self.lengths[order]
-
-    def truncate(self, lengths: Tensor) -> None:
-        """Forget what lies past the given lengths ``[B]``."""
-        self.lengths = np.minimum(self.lengths, lengths.cpu().numpy())
 
 
 class AdapterState:
@@ -123,7 +61,7 @@ class AdapterState:
                 max_length=adapter.max_length,
                 min_length=adapter.min_length,
             )
-            if adapter.address == "learned"
+            if adapter.learns_address
             else None
         )
         self.values = History(batch, adapter.routes, np.uint8 if adapter.bits <= 8 else np.uint16)
@@ -157,8 +95,8 @@ class AdapterState:
 
         Args:
             channels: q, k and v, ``[B, n, C]`` each; v alone with a given match.
-            match: positions ``[B, 1, n]`` in host memory that all routes share, or None to match
-                q against the keys.
+            match: positions ``[B, R, n]`` in host memory, or ``[B, 1, n]`` that all routes share;
+                None to match q against the keys.
             mask: bool ``[B, n]``, real positions; None if all are.
             e0: ``[C]``, value of a 0 bit.
             e1: ``[C]``, value of a 1 bit.
@@ -266,7 +204,8 @@ class TokenState:
         """Match this chunk ``[B, n]``.
 
         Returns:
-            The best match ``[B, 1, n]`` in host memory, and the K candidates on the ids' device.
+            The K best matches ``[B, K, n]`` in host memory, and what follows them on the ids'
+            device.
         """
         stream: Array = input_ids.to("cpu", torch.int32).numpy()[:, None]
         kept = None if mask is None else mask.to("cpu", torch.bool).numpy()
@@ -279,7 +218,7 @@ class TokenState:
         distance = np.where(there, own[..., None] - position, 0)
         facts = np.stack([np.where(there, token, 0), length, distance]).astype(np.int32)
         moved = torch.from_numpy(facts).to(input_ids.device)
-        best = Match(*(torch.from_numpy(x[:, None, :, 0].copy()) for x in (position, length)))
+        best = Match(*(torch.from_numpy(x.transpose(0, 2, 1).copy()) for x in (position, length)))
         return best, TokenCandidates(moved[0].to(torch.int64), moved[1], moved[2])
 
     def select(self, rows: Tensor) -> None:
@@ -305,6 +244,9 @@ class RosaStates:
         self.lengths: Tensor | None = None
         self.token: TokenState | None = None
         self.adapters: dict[int, AdapterState | DeviceState] = {}
+        self.recent: RecentTokens | None = None
+        self.far: FarState | None = None
+        self.coded: dict[Hashable, CodeState] = {}
 
     def adapter(self, module: RosaAdapter, batch: int) -> AdapterState:
         """The state of one adapter, in host memory: moved there if it was on the device."""
@@ -343,6 +285,25 @@ class RosaStates:
             self.token = TokenState(batch, candidates, min_length)
         return self.token
 
+    def recent_tokens(self, batch: int) -> RecentTokens:
+        """The tokens that hash codes look back at."""
+        if self.recent is None:
+            self.recent = RecentTokens(batch)
+        return self.recent
+
+    def far_tokens(self, batch: int, distance: int) -> FarState:
+        """The token stream whose keys arrive late."""
+        if self.far is None:
+            self.far = FarState(batch, distance)
+        return self.far
+
+    def codes(self, module: RosaAdapter, batch: int) -> CodeState:
+        """The memory of fixed hash codes, shared by the adapters with equal ones."""
+        name = module.match_name()
+        if name not in self.coded:
+            self.coded[name] = CodeState(module, batch)
+        return self.coded[name]
+
     def advance(self, batch: int, length: int, mask: Tensor | None) -> None:
         """Count a chunk of ``[B, n]`` positions; call once a forward pass."""
         added = (
@@ -378,10 +339,15 @@ class RosaStates:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.lengths, self.token = None, None
+        self.lengths, self.token, self.recent, self.far = None, None, None, None
         self.adapters.clear()
+        self.coded.clear()
 
-    def _each(self) -> Iterator[AdapterState | DeviceState | TokenState]:
+    def _each(
+        self,
+    ) -> Iterator[AdapterState | DeviceState | TokenState | RecentTokens | FarState | CodeState]:
         yield from self.adapters.values()
-        if self.token is not None:
-            yield self.token
+        yield from self.coded.values()
+        for state in (self.token, self.recent, self.far):
+            if state is not None:
+                yield state

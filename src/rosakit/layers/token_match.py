@@ -9,7 +9,11 @@ from torch import Tensor
 
 from rosakit import native
 from rosakit.errors import InvalidInputError, InvalidTypeError, warn_once
-from rosakit.types import Match
+from rosakit.ops.match import suffix_match
+from rosakit.types import NO_MATCH, Match
+
+NO_KEY = 2**31 - 1
+"""A symbol that no token id equals: where keys have not arrived yet."""
 
 
 class TokenCandidates(NamedTuple):
@@ -114,6 +118,33 @@ def best_successors_naive(
                     position[b, i, len(seen)], size[b, i, len(seen)] = j + 1, lcs[j]
                     seen.add(tokens[j + 1])
     return position, size
+
+
+def distant_match(
+    input_ids: Tensor, distance: int, *, segment_starts: Tensor | None = None
+) -> Match:
+    """The longest, latest match whose successor lies at least `distance` tokens back.
+
+    Keys arrive `distance` tokens late, so that nearer ones cannot hide them.
+
+    Args:
+        input_ids: ``[B, T]``, token ids below ``2**31 - 1``.
+        distance: in tokens, at least 0.
+        segment_starts: int32 ``[B, T]`` or None.
+
+    Returns:
+        Position and length int32 ``[B, 1, T]``.
+    """
+    ids = input_ids.to(torch.int32)
+    own = torch.arange(ids.shape[1], device=ids.device)
+    start = torch.zeros_like(ids) if segment_starts is None else segment_starts.to(ids.device)
+    there = (start >= 0) & (own - distance >= start)
+    late = torch.where(there, ids[:, (own - distance).clamp(min=0)], NO_KEY)
+    found = suffix_match(
+        ids[:, None].contiguous(), late[:, None].contiguous(), segment_starts=segment_starts
+    )
+    matched = found.position >= 0
+    return Match(torch.where(matched, found.position - distance, NO_MATCH), found.length)
 
 
 def gather_candidates(input_ids: Tensor, found: Match) -> TokenCandidates:

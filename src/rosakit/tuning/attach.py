@@ -130,16 +130,21 @@ def freeze_base(model: Any) -> None:
 
 
 @contextmanager
-def record_matches(model: Any) -> Iterator[list[RosaContext]]:
+def record_matches(model: Any, *, keep_inputs: bool = False) -> Iterator[list[RosaContext]]:
     """Collect the context of every forward pass inside the block, with the adapters' matches.
+
+    Args:
+        model: an attached model.
+        keep_inputs: also keep what learned addresses are computed from, in `inputs`.
 
     Yields:
         A list that grows by one `rosakit.layers.RosaContext` a forward pass; its `matches`
         hold the hard match of each layer.
     """
     controller = controller_of(model)
-    before, controller.recorder = controller.recorder, []
+    before = controller.recorder, controller.keep_inputs
+    controller.recorder, controller.keep_inputs = [], keep_inputs
     try:
         yield controller.recorder
     finally:
-        controller.recorder = before
+        controller.recorder, controller.keep_inputs = before

@@ -104,6 +104,10 @@ def rosakit_window(
     assert plan is not None
     context.attended += 1
     window, sinks = layer.restriction(kwargs.get("sliding_window"))
+    if context.teacher is not None:
+        # The model as it was before it was windowed.
+        window, sinks = layer.native or kwargs.get("sliding_window"), 0
+        context.teacher.see(int(getattr(module, "layer_idx", -1)), query, key, scaling)
     scores = forms.Scores(scaling, kwargs.get("softcap"), kwargs.get("s_aux"), dropout)
     held, keys = layer.window is not None, key.shape[2]
     if layer.form == "flex" and query.shape[2] >= forms.FLEX_QUERIES:

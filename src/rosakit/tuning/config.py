@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rosakit.errors import InvalidInputError
+from rosakit.layers.address_options import check_address_options
 from rosakit.ops.estimators.registry import check_options
 from rosakit.tuning.fields import check_fields, check_names, option
 
@@ -76,11 +77,45 @@ class RosaConfig:
     retrieve: bool = option(
         True, "False is the control: every retrieved value is replaced by the position's own."
     )
-    address: Literal["learned", "token"] = option(
-        "learned", "Where adapters read: at matches of learned symbols, or of token ids."
+    address: Literal["learned", "token", "hash"] = option(
+        "learned",
+        "Where adapters read: at matches of learned symbols, of token ids, or of hash codes of "
+        "token contexts.",
     )
     tied_start: bool = option(
         True, "Start the key projection as a copy of the query projection, so that matches exist."
+    )
+    shared_qk: bool = option(
+        False, "One projection for queries and keys of learned addresses, with summed gradients."
+    )
+    address_candidates: int = option(
+        1, "Address token: distinct successors that the routes read in turn.", low=1
+    )
+    far_distance: int | None = option(
+        None,
+        "Address token: one candidate more, the best match at least this many tokens back (the "
+        "window, for what attention no longer sees); none for no such candidate.",
+        low=1,
+    )
+    length_tiers: tuple[int, ...] = option(
+        (),
+        "Address token and fixed hash: minimal match lengths that the routes take in turn; empty "
+        "for min_length in all of them.",
+    )
+    hash_orders: tuple[int, ...] = option(
+        (1, 2, 3, 4), "Address hash: tokens a context, dealt to the routes in turn."
+    )
+    hash_refine: bool = option(
+        False, "Address hash: add learned projections, which start at zero, to the codes."
+    )
+    hash_scale: float = option(
+        1.0, "Address hash: how far a refinement has to go to change a code bit.", above=0
+    )
+    hash_seed: int = option(0, "Address hash: another seed gives other codes.", low=0)
+    credit_margin: float | None = option(
+        None,
+        "Queries and keys learn only within this distance of the threshold; none for everywhere.",
+        above=0,
     )
     projection_rank: int | None = option(
         64,
@@ -115,6 +150,22 @@ class RosaConfig:
             if len(set(items)) != len(items):
                 raise InvalidInputError(f"RosaConfig.{name} names a layer twice: {list(items)}")
         check_options(self.estimator, self.estimator_options)
+        check_address_options(
+            self.address,
+            learned=self.learns_address,
+            shared_qk=self.shared_qk,
+            candidates=self.address_candidates,
+            length_tiers=self.length_tiers,
+            hash_orders=self.hash_orders,
+            hash_refine=self.hash_refine,
+            hash_scale=self.hash_scale,
+            credit_margin=self.credit_margin,
+        )
+        if self.far_distance is not None and self.address != "token":
+            raise InvalidInputError(
+                f"RosaConfig.far_distance={self.far_distance} adds a candidate to token matches; "
+                "use address='token', or leave it at none"
+            )
         if self.backend == "pipeline" and self.estimator != "counterfactual":
             raise InvalidInputError(
                 "RosaConfig.backend='pipeline' serves estimator='counterfactual', not "
@@ -142,6 +193,11 @@ class RosaConfig:
             raise InvalidInputError(
                 "this RosaConfig adds nothing: set window, adapters=True or token_route=True"
             )
+
+    @property
+    def learns_address(self) -> bool:
+        """Whether adapters have trained projections of queries and keys."""
+        return self.address == "learned" or (self.address == "hash" and self.hash_refine)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold."""

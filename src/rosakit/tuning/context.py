@@ -10,6 +10,7 @@ from rosakit.errors import UnsupportedModelError
 from rosakit.layers import RosaContext
 
 if TYPE_CHECKING:
+    from rosakit.layers.supervision import AttentionTargets
     from rosakit.tuning.window import AttentionPlan
 
 CONTEXT = "rosa_context"
@@ -25,10 +26,16 @@ class ForwardContext:
         rosa: what adapters and token route read.
         plan: who sees whom in windowed attention; None without a window.
         attended: number of attention calls that used the plan.
+        teacher: set in a pass with full attention and without adapters, which it watches.
     """
 
-    def __init__(self, rosa: RosaContext, plan: AttentionPlan | None) -> None:
-        self.rosa, self.plan, self.attended = rosa, plan, 0
+    def __init__(
+        self,
+        rosa: RosaContext,
+        plan: AttentionPlan | None,
+        teacher: AttentionTargets | None = None,
+    ) -> None:
+        self.rosa, self.plan, self.attended, self.teacher = rosa, plan, 0, teacher
 
 
 class Shared:

@@ -12,7 +12,8 @@ from transformers import DynamicCache
 from rosakit.errors import InvalidInputError, UnsupportedModelError, warn_once
 from rosakit.layers import RosaContext, TokenCandidates, TokenRoute
 from rosakit.layers.projection import Projections
-from rosakit.layers.token_match import best_successors, gather_candidates
+from rosakit.layers.supervision import AttentionTargets
+from rosakit.layers.token_match import best_successors, distant_match, gather_candidates
 from rosakit.ops import suffix_match
 from rosakit.tuning import layout
 from rosakit.tuning.cache import RosaCacheLayer, prepare_cache
@@ -41,6 +42,8 @@ class RosaController(nn.Module):
         original_attention: the attention implementation to restore, None without a window.
         recorder: a list that collects the `rosakit.layers.RosaContext` of every forward
             pass, with the adapters' matches, or None.
+        keep_inputs: recorded contexts also hold what learned addresses are computed from.
+        teacher: while set, passes show full attention without adapters to it.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class RosaController(nn.Module):
         self.injected = injected
         self.original_attention: str | None = None
         self.recorder: list[RosaContext] | None = None
+        self.keep_inputs = False
+        self.teacher: AttentionTargets | None = None
         self.shared = shared
         self._candidates: TokenCandidates | None = None
         self._logits_to_keep: int | Tensor = 0
@@ -111,8 +116,8 @@ class RosaController(nn.Module):
         batch, length = example.shape[:2]
         if ids is None and self._needs_ids:
             raise InvalidInputError(
-                "the token route and address='token' match token ids, but the model was called "
-                "with inputs_embeds only; pass input_ids instead"
+                "the token route and address='token' or 'hash' match token ids, but the model was "
+                "called with inputs_embeds only; pass input_ids instead"
             )
         documents = named.pop("document_ids", None)
         mask, position_ids = named.get("attention_mask"), named.get("position_ids")
@@ -138,8 +143,10 @@ class RosaController(nn.Module):
                     "through a cache; call the model with use_cache=False"
                 )
             context = self._chunk(ids, mask, carrier, batch, length, example.device)
-        if self.recorder is not None:
+        context.teacher = self.teacher
+        if self.recorder is not None and self.teacher is None:
             context.rosa.record = True
+            context.rosa.keep_inputs = self.keep_inputs
             self.recorder.append(context.rosa)
         self._candidates = context.rosa.candidates
         self.shared.current = context
@@ -165,8 +172,31 @@ class RosaController(nn.Module):
 
     @property
     def _needs_ids(self) -> bool:
+        return self._matches_tokens or (bool(self.injected) and self.config.address == "hash")
+
+    @property
+    def _matches_tokens(self) -> bool:
         return self.token_route is not None or (
             bool(self.injected) and self.config.address == "token"
+        )
+
+    @property
+    def _candidate_count(self) -> int:
+        """Distinct successors that token route and adapters need together."""
+        own = self.config.address_candidates if self.injected else 1
+        return own if self.token_route is None else max(own, self.token_route.candidates)
+
+    @property
+    def _reads_far(self) -> bool:
+        """Whether adapters read the candidate beyond a distance."""
+        return bool(self.injected) and self.config.far_distance is not None
+
+    def _with_far(self, near: Match, far: Match) -> Match:
+        """The candidates of the adapters: the best ones, then the best distant one."""
+        used = self.config.address_candidates
+        return Match(
+            torch.cat([near.position[:, :used], far.position], dim=1),
+            torch.cat([near.length[:, :used], far.length], dim=1),
         )
 
     def _cache(self, decoder: Any, named: dict[str, Any], packed: bool) -> RosaCacheLayer | None:
@@ -217,19 +247,25 @@ class RosaController(nn.Module):
                 where, lambda: where, lambda: where, plain=starts is None, whole=True
             )
         rosa = RosaContext(input_ids=ids, segment_starts=starts)
-        if self.token_route is not None:
+        if self._matches_tokens:
             assert ids is not None
-            route = self.token_route
-            found = best_successors(ids, route.candidates, segment_starts=starts)
-            rosa.candidates = self._competitors(ids, gather_candidates(ids, found))
-            rosa.token_match = Match(
-                found.position[..., 0][:, None].contiguous(),
-                found.length[..., 0][:, None].contiguous(),
-            )
-        elif self._needs_ids:
-            assert ids is not None
-            stream = ids[:, None].contiguous()
-            rosa.token_match = suffix_match(stream, stream, segment_starts=starts)
+            count = self._candidate_count
+            if self.token_route is None and count == 1:
+                stream = ids[:, None].contiguous()
+                rosa.token_match = suffix_match(stream, stream, segment_starts=starts)
+            else:
+                found = best_successors(ids, count, segment_starts=starts)
+                rosa.token_match = Match(
+                    found.position.transpose(1, 2).contiguous(),
+                    found.length.transpose(1, 2).contiguous(),
+                )
+                if self.token_route is not None:
+                    rosa.candidates = self._competitors(ids, gather_candidates(ids, found))
+            if self._reads_far:
+                distance = self.config.far_distance
+                assert distance is not None
+                far = distant_match(ids, distance, segment_starts=starts)
+                rosa.token_match = self._with_far(rosa.token_match, far)
         return ForwardContext(rosa, plan)
 
     def _chunk(
@@ -259,13 +295,21 @@ class RosaController(nn.Module):
                 contiguous=real is None or layout.contiguous(real),
             )
         rosa = RosaContext(input_ids=ids, mask=real, states=states)
-        if self._needs_ids:
+        if self._matches_tokens:
             assert ids is not None
-            count = 1 if self.token_route is None else self.token_route.candidates
-            tokens = states.tokens(batch, count, 1)
+            tokens = states.tokens(batch, self._candidate_count, 1)
             rosa.token_match, found = tokens.extend(ids, real)
             if self.token_route is not None:
                 rosa.candidates = self._competitors(ids, found)
+            if self._reads_far:
+                distance = self.config.far_distance
+                assert distance is not None
+                far = states.far_tokens(batch, distance).extend(ids, real)
+                rosa.token_match = self._with_far(rosa.token_match, far)
+        if self.injected and self.config.address == "hash":
+            assert ids is not None
+            reach = max(self.config.hash_orders)
+            rosa.recent = states.recent_tokens(batch).extend(ids, real, reach)
         return ForwardContext(rosa, plan)
 
     def _competitors(self, ids: Tensor, found: TokenCandidates) -> TokenCandidates:
@@ -275,6 +319,7 @@ class RosaController(nn.Module):
             # Candidates are ordered by length, so the K best of those long enough remain.
             short = found.length < self.token_route.min_length
             found = TokenCandidates(*(x.masked_fill(short, 0) for x in found))
+        found = TokenCandidates(*(x[..., : self.token_route.candidates] for x in found))
         if not self.token_route.retrieve:
             found = self.token_route.own_value_candidates(ids, found)
         return found

@@ -40,6 +40,8 @@ class InjectedAdapter(nn.Module):
         A recomputation under gradient checkpointing runs both hooks again; what one that stopped
         halfway has begun is dropped here.
         """
+        if self._silent(module, kwargs):
+            return
         u, context = self._input(module, args, kwargs)
         self._begun = self.adapter.begin(u, context)
 
@@ -48,6 +50,8 @@ class InjectedAdapter(nn.Module):
     ) -> Any:
         """Forward hook on the attention: adds the injection to its output."""
         begun, self._begun = self._begun, None
+        if self._silent(module, kwargs):
+            return None
         u, context = self._input(module, args, kwargs)
         injected = self.adapter(u, context, begun)
         if isinstance(output, tuple):
@@ -60,10 +64,12 @@ class InjectedAdapter(nn.Module):
 
     def pre_attn(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook on the attention: replaces its input by the mixed one."""
         assert self.adapter.alpha is not None
         h, self._residual = self._residual, None
+        if self._silent(module, kwargs):
+            return None
         assert h is not None
         injected = self.adapter(*self._input(module, args, kwargs))
         mixed = h + (self.adapter.alpha.float().exp() * injected.float()).to(h.dtype)
@@ -72,6 +78,10 @@ class InjectedAdapter(nn.Module):
         if "hidden_states" in kwargs:
             return args, {**kwargs, "hidden_states": mixed}
         return (mixed, *args[1:]), kwargs
+
+    def _silent(self, module: nn.Module, kwargs: dict[str, Any]) -> bool:
+        """Whether this pass shows the model without its adapters."""
+        return self._shared.context_of(module, kwargs).teacher is not None
 
     def set_norm(self, norm: nn.Module) -> None:
         """Name the norm in front of the attention (kept out of the module tree)."""

@@ -17,11 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from rosakit import symbols
 from rosakit.layers import RosaContext, TokenCandidates, TokenRoute
+from rosakit.layers.health import Fault, find_faults, warn_of_faults
 from rosakit.layers.token_route import mixed_log_prob
 from rosakit.tuning.attach import adapters_of, config_of, controller_of, is_attached
 from rosakit.tuning.health import match_health, mean_health, symbol_health, token_route_health
 from rosakit.tuning.modules import decoder_of
 from rosakit.tuning.packing import IGNORE
+from rosakit.tuning.teaching import AddressTeacher
 
 __all__ = ["Head", "LossModel", "candidate_nll", "find_head", "log_probs_of"]
 
@@ -112,16 +114,26 @@ class LossModel(nn.Module):
     Args:
         model: the language model, attached or not.
         head: its output embedding, or None to go through the model's own forward pass.
+        teacher: adds a loss of the addresses in training passes; None for none.
+        teacher_weight: its weight.
 
     Attributes:
         observe: compute `health` in the next forward passes.
         health: health metrics of the last observed forward pass.
     """
 
-    def __init__(self, model: Any, head: Head | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        head: Head | None,
+        *,
+        teacher: AddressTeacher | None = None,
+        teacher_weight: float = 0.1,
+    ) -> None:
         super().__init__()
         self.model = model
         self.__dict__["head"] = head
+        self.teacher, self.teacher_weight = teacher, teacher_weight
         self.observe = False
         self.health: dict[str, float] = {}
 
@@ -144,12 +156,15 @@ class LossModel(nn.Module):
         """
         target = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         counted = target != IGNORE
-        watch = _Watch(self.model, self.observe)
+        teaching = self.teacher is not None and torch.is_grad_enabled()
+        watch = _Watch(self.model, self.observe, keep_inputs=teaching or self.observe)
         with watch:
             nll, found, log_keep = self._nll(input_ids, position_ids, target, counted, watch)
         tokens = counted.sum()
         if self.observe:
-            health = watch.health(input_ids)
+            health, faults = watch.health(input_ids)
+            for index, found_there in faults.items():
+                warn_of_faults(found_there, f"layer {index}")
             if found is not None and log_keep is not None:
                 wide = TokenCandidates(*(x[None] for x in found))
                 health |= token_route_health(
@@ -159,7 +174,16 @@ class LossModel(nn.Module):
                     window=config_of(self.model).window,
                 )
             self.health = health
-        loss = nll.sum() / (tokens.clamp(min=1) if num_items is None else num_items)
+        count = tokens.clamp(min=1) if num_items is None else num_items
+        loss = nll.sum() / count
+        if teaching and watch.context is not None and watch.context.inputs:
+            assert self.teacher is not None
+            inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+            taught = self.teacher.loss(self.model, watch.context, inputs)
+            if self.observe:
+                self.health["address_loss"] = float(taught.detach())
+            # Weighed by this pass's share of the step, like the loss itself.
+            loss = loss + self.teacher_weight * taught * (tokens / count)
         return {"loss": loss, "tokens": tokens}
 
     def _nll(
@@ -191,13 +215,12 @@ class LossModel(nn.Module):
 
 
 class _Watch:
-    """Records what one forward pass matched and, if asked, the symbols it matched with."""
+    """Records what one forward pass matched, with which addresses, and what is wrong with it."""
 
-    def __init__(self, model: Any, observe: bool) -> None:
+    def __init__(self, model: Any, observe: bool, *, keep_inputs: bool) -> None:
         self.controller = controller_of(model) if is_attached(model) else None
         self.model, self.observe = model, observe and self.controller is not None
-        self.projected: dict[int, Tensor] = {}
-        self._handles: list[Any] = []
+        self.keep_inputs = keep_inputs
         self._records: list[RosaContext] = []
 
     @property
@@ -207,31 +230,21 @@ class _Watch:
     def __enter__(self) -> None:
         if self.controller is None:
             return
-        self._before, self.controller.recorder = self.controller.recorder, self._records
-        if self.observe:
-            for index, adapter in adapters_of(self.model).items():
-                if adapter.q_proj is not None and adapter.retrieve:
-                    self._handles.append(adapter.q_proj.register_forward_hook(self._keep(index)))
+        self._before = self.controller.recorder, self.controller.keep_inputs
+        self.controller.recorder, self.controller.keep_inputs = self._records, self.keep_inputs
 
     def __exit__(self, *error: object) -> None:
         if self.controller is not None:
-            self.controller.recorder = self._before
-        for handle in self._handles:
-            handle.remove()
-
-    def _keep(self, index: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.projected[index] = output.detach()
-
-        return hook
+            self.controller.recorder, self.controller.keep_inputs = self._before
 
     @torch.no_grad()
-    def health(self, input_ids: Tensor) -> dict[str, float]:
-        """Metrics of the recorded pass, averaged over its layers."""
+    def health(self, input_ids: Tensor) -> tuple[dict[str, float], dict[int, list[Fault]]]:
+        """Metrics of the recorded pass, averaged over its layers, and the faults of each layer."""
         if self.context is None:
-            return {}
+            return {}, {}
         config, context = config_of(self.model), self.context
-        layers = []
+        adapters = adapters_of(self.model)
+        layers, faults = [], {}
         for index, match in context.matches.items():
             values = match_health(
                 match,
@@ -240,8 +253,22 @@ class _Watch:
                 window=config.window,
                 granularity=config.granularity,
             )
-            if index in self.projected:
-                packed = symbols.pack(self.projected[index], config.bits)
+            adapter = adapters[index]
+            values["levels"] = float((adapter.e1 - adapter.e0).abs().float().mean())
+            if index in context.inputs:
+                u = context.inputs[index]
+                q, k = adapter.addresses(u, context)
+                packed = symbols.pack(q, config.bits)
                 values |= symbol_health(packed, config.bits, segment_starts=context.segment_starts)
+                values["qk_agreement"] = float(((q > 0) == (k > 0)).float().mean())
+                faults[index] = find_faults(
+                    q,
+                    k,
+                    match,
+                    adapter.e0,
+                    adapter.e1,
+                    bits=config.bits,
+                    segment_starts=context.segment_starts,
+                )
             layers.append(values)
-        return mean_health(layers)
+        return mean_health(layers), faults

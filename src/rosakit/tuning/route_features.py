@@ -303,7 +303,7 @@ def fingerprint(model: Any) -> str:
     )
     config = controller.config.to_dict()
     del config["retrieve"]  # without adapters it concerns the token route alone …
-    if controller.has_adapters:
+    if controller.injected:
         config["retrieve"] = controller.config.retrieve  # … with them it does not
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, parameter in model.named_parameters():

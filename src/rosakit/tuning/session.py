@@ -19,7 +19,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rosakit.errors import CheckpointError, InvalidInputError
-from rosakit.layers.state import AdapterState, History, TokenState
+from rosakit.layers.history import History
+from rosakit.layers.state import AdapterState, TokenState
 from rosakit.native import SuffixMemory
 from rosakit.tuning.attach import adapters_of, controller_of
 from rosakit.tuning.cache import RosaCacheLayer, SinkWindowLayer, prepare_cache
@@ -99,6 +100,13 @@ def save_session(
         if states.token is not None:
             yield _history("tokens", states.token.tokens, candidates=states.token.candidates)
             yield {"name": "token_memory"}, states.token.memory.to_bytes()
+        if states.recent is not None:
+            yield _history("recent", states.recent.tokens)
+        if states.far is not None:
+            yield _history("far", states.far.tokens, distance=states.far.distance)
+            yield {"name": "far_memory"}, states.far.memory.to_bytes()
+        for coded in states.coded.values():  # one, since all adapters have the same options
+            yield {"name": "code_memory"}, coded.memory.to_bytes()
 
     write_blobs(path, blobs)
 
@@ -152,6 +160,20 @@ def load_session(path: str | os.PathLike[str], model: Any) -> Session:
                 token = TokenState(memory.batch, tokens["count"], 1)
                 token.memory, token.tokens = memory, tokens["history"]
                 carrier.states.token = token
+            elif name == "recent":
+                history = _read_history(head, data)
+                carrier.states.recent_tokens(len(history.lengths)).tokens = history
+            elif name == "far":
+                history = _read_history(head, data)
+                carrier.states.far_tokens(len(history.lengths), head["distance"]).tokens = history
+            elif name == "far_memory":
+                memory = SuffixMemory.from_bytes(data, str(path))
+                assert carrier.states.far is not None
+                carrier.states.far.memory = memory
+            elif name == "code_memory":
+                memory = SuffixMemory.from_bytes(data, str(path))
+                module = next(iter(adapters.values()))
+                carrier.states.codes(module, memory.batch).memory = memory
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the session {path} is damaged: {error}; save it again") from error
     if index is None:
@@ -182,7 +204,10 @@ def _digest(model: Any) -> dict[str, Any]:
             picked = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].float().cpu()
             digest.update(str(tuple(parameter.shape)).encode() + picked.numpy().tobytes())
     controller, decoder = controller_of(model), decoder_of(model)
-    training_only = ("estimator", "estimator_options", "adapter_dtype", "backend")
+    training_only = (
+        *("estimator", "estimator_options", "credit_margin"),
+        *("adapter_dtype", "backend"),
+    )
     options = controller.config.to_dict()
     return {
         "class": type(decoder).__name__,

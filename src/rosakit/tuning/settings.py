@@ -77,6 +77,15 @@ class TuneConfig:
     max_grad_norm: float = option(
         1.0, "Gradients are scaled down to this norm; 0 for never.", low=0
     )
+    address_loss: Literal["none", "next_token", "teacher"] = option(
+        "none",
+        "Teach learned addresses directly: positions with the same next token find each other, or "
+        "what full attention of the same model reads beyond the window.",
+    )
+    address_weight: float = option(
+        0.1, "Weight of the address loss beside the language-model loss.", above=0
+    )
+    address_samples: int = option(128, "Address loss: queries a sequence and step.", low=1)
     seed: int = option(0, "Seed of initialisation, data order and copied passages.", low=0)
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Type of the frozen weights; auto is bfloat16 on a GPU, float32 on a CPU."
@@ -117,6 +126,23 @@ class TuneConfig:
         if not trains and self.lora_rank == 0:
             raise InvalidInputError(
                 "nothing to train: set adapters, token_route, or a lora_rank above 0"
+            )
+
+        self._check_address_loss()
+
+    def _check_address_loss(self) -> None:
+        if self.address_loss == "none":
+            return
+        rosa = self.rosa
+        if rosa is None or not rosa.adapters or not rosa.learns_address:
+            raise InvalidInputError(
+                f"address_loss={self.address_loss!r} teaches learned addresses; set adapters, and "
+                "address='learned' or hash_refine"
+            )
+        if self.address_loss == "teacher" and rosa.window is None:
+            raise InvalidInputError(
+                "address_loss='teacher' shows what lies beyond the window; set a window, or use "
+                "address_loss='next_token'"
             )
 
     def attached(self) -> RosaConfig | None:

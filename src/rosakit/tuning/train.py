@@ -29,6 +29,7 @@ from rosakit.tuning.schedule_callback import ScheduleCallback
 from rosakit.tuning.schedules import read_schedules
 from rosakit.tuning.settings import TuneConfig
 from rosakit.tuning.sources import load_model
+from rosakit.tuning.teaching import AddressTeacher
 from rosakit.tuning.trainer import RosaTrainer, StopCallback, last_checkpoint, verify_checkpoint
 
 __all__ = ["TuneResult", "tune"]
@@ -160,7 +161,10 @@ def _prepare(model: Any, config: TuneConfig) -> LossModel:
         # Non-reentrant checkpointing needs no gradient at the embeddings, so layers below the
         # lowest trained one stay out of the backward pass.
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return LossModel(model, head)
+    teacher = None
+    if config.address_loss != "none" and not config.control:
+        teacher = AddressTeacher(config.address_loss, config.address_samples)
+    return LossModel(model, head, teacher=teacher, teacher_weight=config.address_weight)
 
 
 def _resumable(config: TuneConfig) -> Path | None:

@@ -1,0 +1,1 @@
+"""Which addresses make the retrieved channel worth having? (docs/addresses.md)"""

@@ -1,0 +1,98 @@
+"""The variants of the ablation: what is attached and how its addresses are trained.
+
+All have adapters in the same layers with the same number of channels and an own-value input, so
+that local adaptation is the same for all and what differs is the retrieved channel. The control
+reads its own value in place of every retrieved one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+LAYERS = (4, 8, 12, 16, 20, 23, 26, 29)
+TIERS = (1, 2, 4, 8)
+ORDERS = (1, 2, 3, 4, 6, 8)
+
+
+class Variant(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        what: a few words for the table.
+        rosa: fields of `RosaConfig` beside those that all share.
+        tune: fields of `TuneConfig`: rates and the address loss.
+    """
+
+    what: str
+    rosa: dict[str, Any]
+    tune: Mapping[str, Any] = MappingProxyType({})
+
+
+TOKEN: dict[str, Any] = {"address": "token"}
+HASH: dict[str, Any] = {"address": "hash", "bits": 8, "hash_orders": ORDERS, "min_length": 2}
+REFINED: dict[str, Any] = HASH | {"hash_refine": True}
+LEARNED: dict[str, Any] = {"address": "learned", "bits": 8}
+SLOW = {"qk_lr_scale": 1 / 30}
+TAUGHT = {"qk_lr_scale": 1.0, "address_weight": 1.0}
+
+VARIANTS: dict[str, Variant] = {
+    "control": Variant("own value twice, nothing retrieved", TOKEN | {"retrieve": False}),
+    "ceiling": Variant("full attention, own value", TOKEN | {"retrieve": False, "window": None}),
+    "token": Variant("token match", TOKEN),
+    "token-tiers": Variant("token match, length tiers", TOKEN | {"length_tiers": TIERS}),
+    "token-k2-tiers": Variant(
+        "token match, 2 candidates, length tiers",
+        TOKEN | {"length_tiers": TIERS, "address_candidates": 2},
+    ),
+    "token-far-tiers": Variant(
+        "token match, the latest and the latest beyond the window, length tiers",
+        TOKEN | {"length_tiers": TIERS, "far_distance": 256},
+    ),
+    "hash": Variant("hash of 1 to 8 tokens, fixed", HASH),
+    "hash-refined": Variant("… refined at 1/30 of the rate", REFINED, SLOW),
+    "hash-refined-shared": Variant(
+        "… refined, shared q and k, 1/30", REFINED | {"shared_qk": True}, SLOW
+    ),
+    "hash-refined-next": Variant(
+        "… refined, taught by next tokens, 1/30",
+        REFINED | {"shared_qk": True},
+        SLOW | {"address_loss": "next_token"},
+    ),
+    "hash-refined-teacher": Variant(
+        "… refined, taught by full attention",
+        REFINED,
+        {"qk_lr_scale": 0.3, "address_weight": 1.0, "address_loss": "teacher"},
+    ),
+    "hash-refined-margin": Variant(
+        "… refined, credit within 1.5 of the threshold", REFINED | {"credit_margin": 1.5}, SLOW
+    ),
+    "learned": Variant("learned, 4 bits, tied start (published)", {"bits": 4}, {"qk_lr_scale": 1}),
+    "learned-slow": Variant("learned, 4 bits, tied start, 1/30", {"bits": 4}, SLOW),
+    "learned-8": Variant("learned, 8 bits, tied start, 1/30", LEARNED, SLOW),
+    "learned-shared": Variant(
+        "learned, 8 bits, shared q and k, 1/30", LEARNED | {"shared_qk": True}, SLOW
+    ),
+    "learned-next": Variant(
+        "learned, 8 bits, taught by next tokens",
+        LEARNED | {"shared_qk": True},
+        TAUGHT | {"address_loss": "next_token"},
+    ),
+    "learned-teacher": Variant(
+        "learned, 8 bits, taught by full attention",
+        LEARNED,
+        TAUGHT | {"address_loss": "teacher"},
+    ),
+    "learned-suffix-attention": Variant(
+        "learned, 8 bits, suffix_attention",
+        LEARNED | {"estimator": "suffix_attention"},
+        SLOW,
+    ),
+}
+
+
+def rosa_fields(name: str, layers: tuple[int, ...], window: int) -> dict[str, Any]:
+    """Fields of the `RosaConfig` of a variant."""
+    shared = {"window": window, "sink_tokens": 8, "layers": layers, "own_value": True}
+    return shared | {"projection_rank": None} | VARIANTS[name].rosa

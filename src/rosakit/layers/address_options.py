@@ -1,0 +1,64 @@
+"""Which address options go together; shared by the adapter and the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rosakit.errors import InvalidInputError
+
+MAX_ORDER = 64
+"""Longest token context of a hash code."""
+
+
+def check_address_options(
+    address: str,
+    *,
+    learned: bool,
+    shared_qk: bool,
+    candidates: int,
+    length_tiers: Sequence[int],
+    hash_orders: Sequence[int],
+    hash_refine: bool,
+    hash_scale: float,
+    credit_margin: float | None,
+) -> None:
+    """Refuse options that mean nothing for the kind of address.
+
+    Args:
+        address: "learned", "token" or "hash".
+        learned: whether the addresses have trained projections.
+        shared_qk, candidates, length_tiers, hash_orders, hash_refine, hash_scale, credit_margin:
+            as in `rosakit.layers.RosaAdapter`.
+
+    Raises:
+        InvalidInputError: says which option does not fit and what to use instead.
+    """
+    if candidates < 1 or (candidates > 1 and address != "token"):
+        raise InvalidInputError(
+            f"candidates={candidates} rank the successors of token matches; use at least 1, and "
+            "address='token' for more than 1"
+        )
+    if any(n < 1 for n in length_tiers) or (length_tiers and learned):
+        raise InvalidInputError(
+            f"length_tiers={tuple(length_tiers)} are minimal lengths (at least 1) of fixed "
+            "matches; use address='token' or 'hash' without hash_refine, or min_length"
+        )
+    if not hash_orders or not all(1 <= n <= MAX_ORDER for n in hash_orders):
+        raise InvalidInputError(
+            f"hash_orders={tuple(hash_orders)} are the tokens of each context: one or more "
+            f"numbers from 1 to {MAX_ORDER}"
+        )
+    if hash_refine and address != "hash":
+        raise InvalidInputError("hash_refine refines hash codes; use it with address='hash'")
+    if not hash_scale > 0:
+        raise InvalidInputError(f"hash_scale must be above 0, got {hash_scale}")
+    if shared_qk and not learned:
+        raise InvalidInputError(
+            "shared_qk shares learned projections; use address='learned', or 'hash' with "
+            "hash_refine"
+        )
+    if credit_margin is not None and not (credit_margin > 0 and learned):
+        raise InvalidInputError(
+            f"credit_margin={credit_margin} limits the gradient of learned addresses; use a "
+            "number above 0 with address='learned' or hash_refine, or None"
+        )

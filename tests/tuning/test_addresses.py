@@ -1,0 +1,227 @@
+"""Kinds of addresses in a whole model: streaming, padding, packing, saving, teaching."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from rosakit.errors import InvalidInputError
+from rosakit.layers.supervision import AttentionTargets
+from rosakit.tuning import (
+    RosaConfig,
+    TuneConfig,
+    adapters_of,
+    attach,
+    load_adapter,
+    load_session,
+    retention,
+    save_adapter,
+    save_session,
+)
+from rosakit.tuning.attach import controller_of
+from rosakit.tuning.loss import LossModel, find_head
+from rosakit.tuning.modules import decoder_of
+from rosakit.tuning.teaching import AddressTeacher
+from rosakit.tuning.trainer import parameter_groups
+from tests.tuning.test_cache import in_chunks
+from tests.tuning.tiny import attached, build, pad_rows, positions_of, tokens
+
+KINDS = {
+    "shared": {"shared_qk": True},
+    "candidates": {"address": "token", "address_candidates": 2, "length_tiers": (1, 2, 3)},
+    "far": {"address": "token", "far_distance": 9, "length_tiers": (1, 2)},
+    "hash": {"address": "hash", "bits": 8, "hash_orders": (1, 2, 3)},
+    "hash_tiers": {"address": "hash", "bits": 8, "hash_orders": (1, 3), "length_tiers": (1, 2)},
+    "hash_16": {"address": "hash", "bits": 16, "hash_orders": (1, 2), "min_length": 2},
+    "refined": {"address": "hash", "bits": 8, "hash_refine": True, "hash_scale": 0.8},
+    "refined_shared": {"address": "hash", "hash_refine": True, "shared_qk": True, "bits": 4},
+    "with_route": {"address": "token", "far_distance": 5, "token_route": True},
+}
+COMMON = {"own_value": True, "global_layers": (1,)}
+
+
+@pytest.fixture(autouse=True)
+def small_reserve(monkeypatch):
+    monkeypatch.setattr(retention, "RESERVE", 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_whole_chunked_padded_and_packed_agree(kind):
+    model = attached(**COMMON, **KINDS[kind])
+    ids = tokens(2, 40, kinds=4)
+    whole = model(ids, use_cache=False).logits
+    for sizes in ([40], [1] * 40, [7, 1, 1, 20, 1, 10]):
+        got, _ = in_chunks(model, ids, sizes)
+        torch.testing.assert_close(got, whole, atol=3e-5, rtol=1e-4)
+
+    rows = [tokens(1, n, kinds=4, seed=n)[0] for n in (31, 2, 14)]
+    alone = [model(row[None], use_cache=False).logits[0] for row in rows]
+    for side in ("left", "right"):
+        padded, mask = pad_rows(rows, side)
+        whole = model(
+            padded, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
+        ).logits
+        got, _ = in_chunks(model, padded, [12, 1, 1, 17], mask)
+        for i, expected in enumerate(alone):
+            real = mask[i] != 0
+            torch.testing.assert_close(whole[i][real], expected, atol=3e-5, rtol=1e-4)
+            torch.testing.assert_close(got[i][real], expected, atol=3e-5, rtol=1e-4)
+
+    position = torch.cat([torch.arange(len(row)) for row in rows])
+    packed = model(torch.cat(rows)[None], position_ids=position[None], use_cache=False).logits[0]
+    torch.testing.assert_close(packed, torch.cat(alone), atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_rollback_reorder_and_saved_sessions(kind, tmp_path):
+    model = attached(**COMMON, **KINDS[kind])
+    ids = tokens(2, 30, kinds=4)
+    _, cache = in_chunks(model, ids[:, :20], [13, 7])
+    other = copy.deepcopy(cache)
+    save_session(tmp_path / "session", model, cache)
+    loaded = load_session(tmp_path / "session", model).cache
+    expected = model(ids[:, 20:], past_key_values=cache).logits
+    assert torch.equal(model(ids[:, 20:], past_key_values=loaded).logits, expected)
+    other.crop(-3)
+    got = model(ids[:, 17:], past_key_values=other).logits[:, 3:]
+    torch.testing.assert_close(got, expected, atol=3e-5, rtol=1e-4)
+    _, cache = in_chunks(model, ids[:, :20], [20])
+    cache.reorder_cache(torch.tensor([1, 0]))
+    got = model(ids[:, 20:].flip(0), past_key_values=cache).logits
+    torch.testing.assert_close(got, expected.flip(0), atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_saved_adapters_load_into_a_fresh_model(kind, tmp_path):
+    model = attached(**COMMON, **KINDS[kind])
+    save_adapter(model, tmp_path)
+    fresh = build()
+    load_adapter(fresh, tmp_path)
+    ids = tokens(2, 30, kinds=4)
+    assert torch.equal(fresh(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_codes_need_token_ids():
+    model = attached(address="hash")
+    embeds = model.get_input_embeddings()(tokens(1, 12))
+    with pytest.raises(InvalidInputError, match="pass input_ids instead"):
+        model(inputs_embeds=embeds)
+
+
+@torch.no_grad()
+def test_far_candidate_is_never_near():
+    model = attached(address="token", far_distance=9)
+    from rosakit.tuning import record_matches
+
+    with record_matches(model) as contexts:
+        model(tokens(1, 60, kinds=3), use_cache=False)
+    position = contexts[0].matches[0].position[0]
+    own = torch.arange(60)
+    far = position[1::2]
+    assert (far >= 0).any()
+    assert ((far < 0) | (own - far >= 9)).all()
+    assert ((position[::2] >= 0) & (own - position[::2] < 9)).any()
+
+
+# Teaching.
+
+
+def taught(kind, **options):
+    model = build()
+    head = find_head(model)
+    torch.manual_seed(0)
+    attach(model, RosaConfig(window=9, sink_tokens=3, layers=(0, 2), **options))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".rosa." in name)
+    return model, LossModel(model, head, teacher=AddressTeacher(kind, 16), teacher_weight=1.0)
+
+
+@pytest.mark.parametrize("kind", ["next_token", "teacher"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 4},
+        {"bits": 4, "shared_qk": True},
+        {"bits": 8, "address": "hash", "hash_refine": True},
+    ],
+    ids=str,
+)
+def test_the_address_loss_trains_addresses_and_nothing_else(kind, checkpointing, options):
+    model, loss = taught(kind, **options)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = tokens(2, 60, kinds=4)
+    torch.manual_seed(3)
+    loss.observe = True
+    loss(input_ids=ids, labels=ids)["loss"].backward()
+    # Before the first step outputs are zero, so nothing but the address loss reaches q and k.
+    for adapter in adapters_of(model).values():
+        for projection in (adapter.q_proj, adapter.k_proj):
+            if projection is not None:
+                assert any(p.grad is not None and p.grad.any() for p in projection.parameters())
+        assert not any(p.grad is not None and p.grad.any() for p in adapter.v_proj.parameters())
+    assert loss.health["address_loss"] > 0
+    assert controller_of(model).teacher is None
+
+
+def test_the_address_loss_falls_when_trained():
+    model, loss = taught("next_token", bits=4, shared_qk=True)
+    ids = torch.arange(5, 65).view(1, -1).repeat(2, 1) % 11 + 3  # the token decides the next one
+    config = TuneConfig(rosa=controller_of(model).config, lr=3e-2, qk_lr_scale=1.0)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config))
+    loss.observe = True
+    torch.manual_seed(0)
+    seen = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss(input_ids=ids, labels=ids)["loss"].backward()
+        optimizer.step()
+        seen.append(loss.health["address_loss"])
+    assert sum(seen[-5:]) < 0.9 * sum(seen[:5])
+
+
+@torch.no_grad()
+def test_the_teacher_is_the_plain_model_with_full_attention():
+    """Its hidden states are those of the model before it was attached; adapters are silent."""
+    plain = build()
+    ids = tokens(2, 50, kinds=6)
+    expected = decoder_of(plain)(input_ids=ids, use_cache=False)[0]
+    model = attached(own_value=True)
+    controller = controller_of(model)
+    assert not torch.allclose(decoder_of(model)(input_ids=ids, use_cache=False)[0], expected)
+    controller.teacher = AttentionTargets(torch.full((2, 1), 49), 9, 3)
+    got = decoder_of(model)(input_ids=ids, use_cache=False)[0]
+    torch.testing.assert_close(got, expected)
+    assert sorted(controller.teacher.layers) == [0, 1, 2]
+    controller.teacher = None
+    eager = build(attn_implementation="eager")
+    shares = eager(ids, output_attentions=True, use_cache=False).attentions
+    teacher = AttentionTargets(torch.full((2, 1), 49), 9, 3)
+    controller.teacher = teacher
+    decoder_of(model)(input_ids=ids, use_cache=False)
+    controller.teacher = None
+    for index, share in enumerate(shares):
+        beyond = share[:, :, 49, 3:41]
+        torch.testing.assert_close(teacher.layers[index].weight[..., 0], beyond.sum(-1))
+        assert torch.equal(teacher.layers[index].keys[..., 0], beyond.argmax(-1) + 2)
+
+
+@pytest.mark.parametrize(
+    "rosa, message",
+    [
+        ({"adapters": False, "token_route": True}, "teaches learned addresses"),
+        ({"adapters": True, "address": "token"}, "teaches learned addresses"),
+        ({"adapters": True, "window": None}, "beyond the window"),
+    ],
+)
+def test_address_losses_that_teach_nobody_are_refused(rosa, message):
+    with pytest.raises(InvalidInputError, match=message):
+        TuneConfig(rosa=RosaConfig(**rosa), address_loss="teacher")
