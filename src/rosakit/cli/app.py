@@ -194,42 +194,68 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Probability mass that is sampled from.")] = 0.95,
     top_k: Annotated[int, typer.Option(help="Tokens that are sampled from; 0 for all.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Use the model's chat template; without a prompt, talk at the terminal.",
+        ),
+    ] = False,
+    session: Annotated[
+        Path | None,
+        typer.Option(help="File that keeps text and decoding state between calls.", metavar="FILE"),
+    ] = None,
+    prefill_chunk: Annotated[
+        int, typer.Option(help="Tokens of a prompt that are read at once.")
+    ] = 4096,
+    prompt_lookup: Annotated[
+        int, typer.Option(help="Tokens guessed from earlier text and checked at once; 0 for none.")
+    ] = 0,
+    stream: Annotated[bool, typer.Option(help="Write text as it is made.")] = True,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Report the decoding state's memory.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
 ) -> None:
     """Stream text from a trained model."""
-    text = read_text(prompt, file)
+    talking = chat and prompt is None and file is None and sys.stdin.isatty()
+    text = None if talking else read_text(prompt, file)
+    from rosakit.cli.generation import converse
+    from rosakit.tuning.conversation import Conversation, Sampling
     from rosakit.tuning.result import load_any
-    from rosakit.tuning.streaming import stream_text
 
-    loaded, tokenizer = load_any(model, base=base, dtype=dtype, device=device)
-
-    def write(piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-
-    stream_text(
-        loaded,
-        tokenizer,
-        text,
-        write,
+    sampling = Sampling(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
         seed=seed,
-        chat=chat,
+        prompt_lookup=prompt_lookup,
     )
-    write("\n")
+    loaded, tokenizer = load_any(model, base=base, dtype=dtype, device=device)
+    talk = Conversation(loaded, tokenizer, chat=chat, prefill_chunk=prefill_chunk)
+    converse(talk, text, sampling, session=session, stream=stream, memory=memory)
 
 
 def info(
+    model: Annotated[
+        str | None, typer.Argument(help="Result of rosakit tune, to plan its memory.")
+    ] = None,
+    context: Annotated[
+        int, typer.Option(help="Tokens of context that the plan is made for.")
+    ] = 131072,
+    batch: Annotated[int, typer.Option(help="Rows that the plan is made for.")] = 1,
+    base: Annotated[str | None, typer.Option(help="Base model, if it has moved.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Report versions, backends found, threads and GPU."""
-    from rosakit.cli.info import collect, show
+    """Report versions, backends, threads and GPU, or what decoding with a model will hold."""
+    from rosakit.cli.info import collect, planned, show
 
+    if model is not None:
+        plan = planned(model, context, batch, base)
+        typer.echo(json.dumps(plan.to_dict(), indent=2) if as_json else str(plan))
+        return
     facts = collect()
     if as_json:
         typer.echo(json.dumps(facts, indent=2))

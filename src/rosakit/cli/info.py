@@ -6,9 +6,12 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["collect", "show"]
+if TYPE_CHECKING:
+    from rosakit.tuning.memory import CacheMemory
+
+__all__ = ["collect", "planned", "show"]
 
 _PACKAGES = (
     *("rosakit", "torch", "numpy", "transformers", "peft", "accelerate", "datasets"),
@@ -49,6 +52,24 @@ def collect() -> dict[str, Any]:
             for i in range(torch.cuda.device_count())
         ],
     }
+
+
+def planned(name: str, context: int, batch: int, base: str | None) -> CacheMemory:
+    """Memory of decoding with a training result; see `rosakit.tuning.memory.plan_memory`."""
+    from rosakit.errors import InvalidInputError
+    from rosakit.tuning.memory import plan_memory
+    from rosakit.tuning.result import read_run
+    from rosakit.tuning.sources import load_model_config
+
+    run = read_run(name)
+    added = run.attached()
+    if added is None:
+        raise InvalidInputError(
+            f"{name} was trained with full attention and without rosakit: its cache is the "
+            "ordinary one"
+        )
+    model = load_model_config(run.model if base is None else base, run.gguf_file)
+    return plan_memory(model, added, context, batch=batch)
 
 
 def show(facts: dict[str, Any]) -> None:

@@ -27,7 +27,11 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         InvalidInputError: an unknown device, or a GPU that is not there.
     """
     if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # Each process of a launcher has its own GPU.
+        local = os.environ.get("LOCAL_RANK")
+        return torch.device("cuda" if local is None else f"cuda:{local}")
     try:
         found = torch.device(device)
     except RuntimeError as error:
@@ -95,6 +99,14 @@ def load_model(
         loaded = _pretrained(AutoModelForCausalLM, source, options)
         tokenizer = _tokenizer(source, gguf_file)
     return loaded.to(place).eval(), tokenizer
+
+
+def load_model_config(model: str | os.PathLike[str], gguf_file: str | None = None) -> Any:
+    """The configuration of a model, without its weights; arguments and errors as `load_model`."""
+    from transformers import AutoConfig
+
+    source, gguf_file = _locate(model, gguf_file)
+    return _pretrained(AutoConfig, source, {} if gguf_file is None else {"gguf_file": gguf_file})
 
 
 def load_tokenizer(model: str | os.PathLike[str], *, gguf_file: str | None = None) -> Any:
