@@ -11,6 +11,7 @@ import torch
 
 from rosakit.errors import CheckpointError, InvalidInputError
 from rosakit.tuning import RosaConfig, attach, save_adapter
+from rosakit.tuning.checkpoint import fingerprint
 from rosakit.tuning.lora import add_lora, lora_parameters, save_lora
 from rosakit.tuning.result import load_any, load_result, load_trained, save_trained
 from rosakit.tuning.settings import TuneConfig
@@ -104,6 +105,12 @@ def test_other_weights_of_the_same_shape_are_refused(result):
     assert lora_parameters(other)
 
 
+def save_noisy(folder):
+    noisy = trained(noise=0.5)
+    parts = lora_parameters(noisy)
+    save_lora(parts, folder, rank=2, alpha=None, base_model=fingerprint(noisy))
+
+
 def test_a_full_disk_leaves_the_old_lora_whole(result, monkeypatch):
     found, folder, _ = result
     before = {n: p.detach().clone() for n, p in lora_parameters(found).items()}
@@ -117,10 +124,10 @@ def test_a_full_disk_leaves_the_old_lora_whole(result, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         with pytest.raises(OSError, match="No space"):
-            save_lora(trained(noise=0.5), folder, rank=2, alpha=None)
+            save_noisy(folder)
     again = lora_parameters(load_result(folder)[0])
     assert all(torch.equal(again[n], p) for n, p in before.items())
-    save_lora(trained(noise=0.5), folder, rank=2, alpha=None)
+    save_noisy(folder)
     assert len(list(folder.glob("lora-*"))) == 1
     again = lora_parameters(load_result(folder)[0])
     assert not all(torch.equal(again[n], p) for n, p in before.items())

@@ -21,9 +21,12 @@ from rosakit.tuning import RosaConfig, attach, rosa_parameters
 from rosakit.tuning.lora import lora_parameters
 from rosakit.tuning.loss import LossModel
 from rosakit.tuning.result import load_result
+from rosakit.tuning.sealed import last_checkpoint
+from rosakit.tuning.sealed import seal as seal_folder
 from rosakit.tuning.settings import TuneConfig
+from rosakit.tuning.stages import parameter_groups
 from rosakit.tuning.train import tune
-from rosakit.tuning.trainer import RosaTrainer, last_checkpoint, parameter_groups
+from rosakit.tuning.trainer import RosaTrainer
 from tests.tuning.texts import corpus, model, tokenizer
 from tests.tuning.tiny import tokens
 
@@ -198,10 +201,8 @@ def test_result_on_disk_is_the_trained_model(finished, tmp_path):
 
 def seal(folder):
     """Record digests anew, as if the files had been saved like that."""
-    from rosakit.tuning.trainer import _seal
-
     (folder / "seal.json").unlink()
-    _seal(folder)
+    seal_folder(folder)
 
 
 @pytest.fixture

@@ -95,7 +95,11 @@ def _weights_digest(model: Any) -> str | None:
 
 
 def save_adapter(
-    model: Any, directory: str | os.PathLike[str], *, tensors: Mapping[str, Tensor] | None = None
+    model: Any,
+    directory: str | os.PathLike[str],
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    base_model: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save everything that rosakit added to a model.
 
@@ -104,6 +108,7 @@ def save_adapter(
         directory: created if needed; an older checkpoint in it is replaced in one step.
         tensors: full tensors under the names of `rosa_parameters`, where the model's own
             parameters are sharded over processes; None to read them from the model.
+        base_model: the base's `fingerprint` from before it was sharded; None to compute it.
 
     Returns:
         The directory.
@@ -127,7 +132,7 @@ def save_adapter(
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "base_model": fingerprint(model),
+        "base_model": fingerprint(model) if base_model is None else dict(base_model),
         "config": config.to_dict(),
         "tensors": {"file": file, "bytes": len(data), "sha256": digest},
     }

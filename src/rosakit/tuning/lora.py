@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from rosakit.errors import CheckpointError
 from rosakit.files import atomic_write
-from rosakit.tuning.checkpoint import check_base, fingerprint
+from rosakit.tuning.checkpoint import check_base
 
 __all__ = ["add_lora", "load_lora", "lora_parameters", "save_lora"]
 
@@ -51,11 +52,22 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if ".lora_" in name}
 
 
-def save_lora(model: nn.Module, folder: Path, *, rank: int, alpha: float | None) -> None:
-    """Write LoRA's parameters and settings into an existing folder; nothing without LoRA."""
-    named = lora_parameters(model)
-    if not named:
-        return
+def save_lora(
+    named: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    rank: int,
+    alpha: float | None,
+    base_model: Mapping[str, Any],
+) -> None:
+    """Write LoRA's parameters and settings into an existing folder.
+
+    Args:
+        named: `lora_parameters`, whole.
+        folder: where they go.
+        rank, alpha: as `add_lora` was called.
+        base_model: the base's `rosakit.tuning.checkpoint.fingerprint`.
+    """
     data = dump_tensors(
         {name: p.detach().cpu().contiguous() for name, p in named.items()},
         metadata={"format": "pt"},
@@ -65,7 +77,7 @@ def save_lora(model: nn.Module, folder: Path, *, rank: int, alpha: float | None)
     settings = {
         "rank": rank,
         "alpha": alpha,
-        "base_model": fingerprint(model),
+        "base_model": dict(base_model),
         "tensors": {"file": file, "bytes": len(data), "sha256": digest},
     }
     # Written by Python, whose OSError says what is wrong with the disk.

@@ -132,7 +132,9 @@ class LossModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.__dict__["head"] = head
+        self.has_head = head is not None
+        # Which modules FSDP shards as one: the decoder's layers, with the adapters inside.
+        self._no_split_modules = list(getattr(model, "_no_split_modules", None) or [])
         self.teacher, self.teacher_weight = teacher, teacher_weight
         self.observe = False
         self.health: dict[str, float] = {}
@@ -197,11 +199,13 @@ class LossModel(nn.Module):
         """Loss ``[N]`` of the positions that count, their candidates and ``log g_keep``."""
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         wanted = target[counted]
-        head: Head | None = self.__dict__["head"]
-        if head is None:
+        if not self.has_head:
             logits = self.model(**inputs).logits[counted]
             return F.cross_entropy(logits.float(), wanted, reduction="none"), None, None
         hidden = decoder_of(self.model)(**inputs)[0][counted]
+        # Looked up in each pass: sharding and moving replace parameters.
+        embedding = self.model.get_output_embeddings()
+        head = Head(embedding.weight, getattr(embedding, "bias", None))
         context = watch.context
         if context is None or context.candidates is None:
             return -log_probs_of(hidden, wanted[:, None], head)[:, 0], None, None

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rosakit.errors import CheckpointError, InvalidInputError, InvalidTypeError
 from rosakit.files import atomic_write
-from rosakit.tuning.attach import freeze_base, is_attached
-from rosakit.tuning.checkpoint import CONFIG_FILE, load_adapter, save_adapter
+from rosakit.tuning.attach import freeze_base, is_attached, rosa_parameters
+from rosakit.tuning.base import Whole, base_parameters, load_base, save_base
+from rosakit.tuning.checkpoint import CONFIG_FILE, fingerprint, load_adapter, save_adapter
 from rosakit.tuning.config import RosaConfig
 from rosakit.tuning.lora import SETTINGS_FILE, load_lora, lora_parameters, save_lora
 from rosakit.tuning.settings import TuneConfig
@@ -32,8 +35,11 @@ RUN_FILE = "tune.json"
 """The run's `TuneConfig`, which names the base model."""
 
 
-def set_trainable(model: Any) -> None:
-    """Leave exactly what is stored trainable: adapters, token route, LoRA."""
+def set_trainable(model: Any, *, base: bool = False) -> None:
+    """Leave exactly what is stored trainable: adapters, token route, LoRA; all with `base`."""
+    if base:
+        model.requires_grad_(True)
+        return
     if is_attached(model):
         freeze_base(model)
     else:
@@ -42,12 +48,39 @@ def set_trainable(model: Any) -> None:
         parameter.requires_grad_(True)
 
 
-def save_trained(model: Any, folder: Path, config: TuneConfig) -> None:
-    """Write the trained parameters of a model, and the run's configuration, into a folder."""
+def save_trained(
+    model: Any,
+    folder: Path,
+    config: TuneConfig,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    base_model: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the trained parameters of a model, and the run's configuration, into a folder.
+
+    Args:
+        model: the model.
+        folder: made if needed.
+        config: the run.
+        tensors: full tensors by qualified name, where the model's own are sharded; None to read
+            the model.
+        base_model: the base's `fingerprint`, where its weights are sharded; None to compute it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    whole = Whole(model, tensors)
     if is_attached(model):
-        save_adapter(model, folder)
-    save_lora(model, folder, rank=config.lora_rank, alpha=config.lora_alpha)
+        parts = None if tensors is None else whole.of(rosa_parameters(model))
+        save_adapter(model, folder, tensors=parts, base_model=base_model)
+    if config.lora_rank:
+        save_lora(
+            whole.of(lora_parameters(model)),
+            folder,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            base_model=fingerprint(model) if base_model is None else base_model,
+        )
+    if config.base_from is not None:
+        save_base(whole.of(base_parameters(model)), folder)
     atomic_write(folder / RUN_FILE, json.dumps(located(config), indent=2) + "\n")
 
 
@@ -97,6 +130,8 @@ def load_trained(
                 f"{'without' if found else 'with'} {what}; the checkpoint is incomplete or mixed "
                 "with another one, restore it from a copy or train again"
             )
+    if config.base_from is not None:
+        load_base(base_parameters(model), folder)
     if config.lora_rank:
         load_lora(model, folder, any_base=any_base)
     if config.attached() is not None:

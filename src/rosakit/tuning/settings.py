@@ -60,6 +60,17 @@ class TuneConfig:
     qk_lr_scale: float = option(
         0.1, "Learning rate of the adapters' query and key projections, relative to theirs.", low=0
     )
+    base_from: float | None = option(
+        None,
+        "Share of the steps after which the base model's own weights train as well (the second "
+        "stage); none keeps them frozen.",
+        low=0,
+        below=1,
+    )
+    lr_base: float = option(1e-5, "Peak learning rate of the base model's weights.", low=0)
+    second_stage_lr_scale: float = option(
+        1.0, "Learning rates of what was added, in the second stage, relative to the first.", low=0
+    )
     warmup: float = option(
         0.05, "Share of the steps over which the learning rate rises.", low=0, high=1
     )
@@ -90,6 +101,12 @@ class TuneConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Type of the frozen weights; auto is bfloat16 on a GPU, float32 on a CPU."
     )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "Type of the computation (autocast; float16 with loss scaling); auto is bfloat16 on a GPU "
+        "and what accelerate launch says elsewhere.",
+    )
+    compile: bool = option(False, "Compile the model with torch.compile.")
     device: str = option("auto", "cpu, cuda or auto.")
     gradient_checkpointing: bool = option(
         False, "Recompute layers in the backward pass: less memory, more time."
@@ -101,6 +118,12 @@ class TuneConfig:
     save_every: int = option(100, "Steps between two checkpoints; 0 for the last one only.", low=0)
     keep_checkpoints: int = option(2, "Checkpoints that are kept.", low=1)
     eval_every: int = option(0, "Steps between two held-out losses; 0 for the end only.", low=0)
+    patience: int = option(
+        0, "Stop after so many held-out losses without a new best one; 0 for never.", low=0
+    )
+    report_to: tuple[str, ...] = option(
+        (), "Where loss and health go as well: tensorboard, wandb, … (any reporter of the Trainer)."
+    )
     eval_blocks: int = option(8, "Held-out sequences that are measured.", low=1)
     resume: bool = option(False, "Go on from the last checkpoint in the output folder.")
 
@@ -113,6 +136,12 @@ class TuneConfig:
             # Fields that are not given keep the defaults of a run, not those of a bare attach.
             self.rosa = RosaConfig.from_dict({**_default_rosa().to_dict(), **self.rosa})
         check_fields(self)
+        if self.base_from is not None and self.lora_rank:
+            raise InvalidInputError(
+                "base_from trains the base model itself, lora_rank stands in for that; set one"
+            )
+        if self.patience and not self.eval_every:
+            raise InvalidInputError("patience counts held-out losses; set eval_every as well")
         if self.steps is not None and self.tokens is not None:
             raise InvalidInputError("give steps or tokens, not both")
         if self.estimator_schedules:
@@ -151,11 +180,11 @@ class TuneConfig:
             return self.rosa
         return dataclasses.replace(self.rosa, retrieve=False)
 
-    def total_steps(self, blocks: int) -> int:
+    def total_steps(self, blocks: int, processes: int = 1) -> int:
         """Optimizer steps, given the number of blocks of one pass over the data."""
         if self.steps is not None:
             return self.steps
-        a_step = self.batch_size * self.accumulate
+        a_step = self.batch_size * self.accumulate * processes
         if self.tokens is not None:
             return max(1, math.ceil(self.tokens / (a_step * self.length)))
         return max(1, blocks // a_step)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import set_seed
 
 from rosakit.errors import CheckpointError, InvalidInputError
@@ -23,19 +24,18 @@ from rosakit.tuning.data import Document, Documents, read_documents
 from rosakit.tuning.lora import add_lora, lora_parameters
 from rosakit.tuning.loss import LossModel, find_head
 from rosakit.tuning.packing import PackedBlocks
+from rosakit.tuning.parallel import processes
 from rosakit.tuning.progress import LiveCallback, counting
 from rosakit.tuning.result import located, save_trained, set_trainable
 from rosakit.tuning.schedule_callback import ScheduleCallback
 from rosakit.tuning.schedules import read_schedules
+from rosakit.tuning.sealed import FREE
 from rosakit.tuning.settings import TuneConfig
 from rosakit.tuning.sources import load_model
 from rosakit.tuning.teaching import AddressTeacher
 from rosakit.tuning.trainer import RosaTrainer, StopCallback, last_checkpoint, verify_checkpoint
 
 __all__ = ["TuneResult", "tune"]
-
-_FREE = ("resume", "output", "device", "keep_checkpoints", "save_every", "eval_every")
-"""Settings that may change between a run and its continuation."""
 
 
 @dataclass
@@ -97,7 +97,7 @@ def tune(
     _make_folder(output)
     if model is None:
         model, tokenizer = load_model(
-            config.model, gguf_file=config.gguf_file, dtype=config.dtype, device=config.device
+            config.model, gguf_file=config.gguf_file, dtype=_dtype(config), device=config.device
         )
     elif tokenizer is None:
         raise InvalidInputError("tune was given a model without its tokenizer; pass both")
@@ -107,7 +107,7 @@ def tune(
         verify_checkpoint(checkpoint, identity)
 
     wrapped = _prepare(model, config)
-    live = LiveCallback(config.batch_size * config.accumulate * config.length, show)
+    live = LiveCallback(_tokens_a_step(config), show)
     stop = StopCallback()
     callbacks = [live, stop]
     if config.estimator_schedules and config.rosa is not None:
@@ -132,12 +132,13 @@ def tune(
         live.close()
         model.eval()
     metrics = _metrics(trainer, model, config, documents, steps, trainer.seconds)
-    interrupted = trainer.state.global_step < steps
+    interrupted = stop.asked and trainer.state.global_step < steps
+    tensors = trainer.full_tensors()
     result = TuneResult(
         output, model, tokenizer, trainer.state.global_step, interrupted, trainer.losses, metrics
     )
     if trainer.is_world_process_zero():
-        _save(result, config)
+        _save(result, config, tensors, trainer.base_model)
     return result
 
 
@@ -156,7 +157,7 @@ def _prepare(model: Any, config: TuneConfig) -> LossModel:
     attached = config.attached()
     if attached is not None:
         attach(model, attached)
-    set_trainable(model)
+    set_trainable(model, base=config.base_from is not None)
     if config.gradient_checkpointing:
         # Non-reentrant checkpointing needs no gradient at the embeddings, so layers below the
         # lowest trained one stay out of the backward pass.
@@ -205,7 +206,7 @@ def _blocks(
 ) -> tuple[PackedBlocks, PackedBlocks | None, int]:
     """Training blocks, held-out blocks and the number of steps."""
     fixed = config.steps is not None or config.tokens is not None
-    a_step = config.batch_size * config.accumulate
+    a_step = config.batch_size * config.accumulate * processes()
     with counting("tokenising", show) as progress:
         train = PackedBlocks(
             documents.train,
@@ -213,10 +214,10 @@ def _blocks(
             config.length,
             config.data,
             seed=config.seed,
-            count=config.total_steps(0) * a_step if fixed else None,
+            count=config.total_steps(0, processes()) * a_step if fixed else None,
             progress=progress,
         )
-    steps = config.total_steps(len(train))
+    steps = config.total_steps(len(train), processes())
     train.count = steps * a_step
     if not documents.heldout:
         return train, None, steps
@@ -237,10 +238,11 @@ def _blocks(
 
 def _identity(config: TuneConfig, documents: Sequence[Document]) -> dict[str, Any]:
     """What two parts of one run have in common: all that decides its numbers."""
-    values = {name: v for name, v in located(config).items() if name not in _FREE}
+    values = {name: v for name, v in located(config).items() if name not in FREE}
     digest = hashlib.sha256()
     for document in documents:
         digest.update(hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest())
+    values["processes"] = processes()
     values["data_digest"] = digest.hexdigest()
     # As JSON reads it back: tuples become lists.
     found: dict[str, Any] = json.loads(json.dumps(values))
@@ -266,7 +268,7 @@ def _metrics(
     return {
         "steps": trainer.state.global_step,
         "steps_planned": steps,
-        "tokens": trainer.state.global_step * config.batch_size * config.accumulate * config.length,
+        "tokens": trainer.state.global_step * _tokens_a_step(config),
         "seconds": round(seconds, 2),
         "parameters_trained": sum(p.numel() for p in trained),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -291,15 +293,29 @@ def _metrics(
     }
 
 
+def _tokens_a_step(config: TuneConfig) -> int:
+    return config.batch_size * config.accumulate * config.length * processes()
+
+
 def _tail_mean(losses: Sequence[float]) -> float | None:
     """Mean of the last tenth of the losses, which a single noisy step does not decide."""
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail) if tail else None
 
 
-def _save(result: TuneResult, config: TuneConfig) -> None:
+def _dtype(config: TuneConfig) -> str:
+    """Weights that learn are float32, or small steps of them are lost."""
+    return "float32" if config.dtype == "auto" and config.base_from is not None else config.dtype
+
+
+def _save(
+    result: TuneResult,
+    config: TuneConfig,
+    tensors: dict[str, Tensor] | None,
+    base_model: dict[str, Any] | None,
+) -> None:
     try:
-        save_trained(result.model, result.output, config)
+        save_trained(result.model, result.output, config, tensors=tensors, base_model=base_model)
         atomic_write(result.output / "metrics.json", json.dumps(result.metrics, indent=2) + "\n")
         write_card(result.output, config, result.metrics)
     except OSError as error:

@@ -1,39 +1,39 @@
 """`RosaTrainer`: transformers' Trainer with our loss, parameter groups and checkpoints.
 
-A checkpoint is written into a staging folder, sealed with the SHA-256 of each of its files, and
-renamed into place: a folder named ``checkpoint-N`` is complete, whenever the process died. It
-holds only what is trained (adapters, token route, LoRA), the optimizer, the schedule, the state of
-the random number generators and the loss of each step so far.
+A checkpoint holds what is trained (adapters, token route, LoRA; the base in the second stage), the
+optimizer, the schedule, the state of callbacks and random number generators, and the loss of each
+step so far. One process or many, whole or sharded (FSDP, ZeRO): it is always whole tensors.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rosakit.errors import CheckpointError, InvalidInputError
 from rosakit.files import atomic_write, sync
-from rosakit.tuning.attach import adapters_of, is_attached, rosa_parameters
-from rosakit.tuning.lora import lora_parameters
+from rosakit.tuning.checkpoint import fingerprint
 from rosakit.tuning.loss import LossModel
 from rosakit.tuning.packing import collate
+from rosakit.tuning.parallel import check_parallelism
 from rosakit.tuning.result import load_trained, save_trained
+from rosakit.tuning.sealed import LOSSES, checkpoints, last_checkpoint, seal, verify_checkpoint
 from rosakit.tuning.settings import TuneConfig
+from rosakit.tuning.stages import TwoStages, learning_rates, parameter_groups
 
 __all__ = ["RosaTrainer", "StopCallback", "last_checkpoint", "verify_checkpoint"]
 
-_SEAL, _LOSSES = "seal.json", "losses.json"
 _STAGING = ".partial"
 
 
@@ -70,6 +70,9 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
         self._began, self._seconds_before = time.perf_counter(), 0.0
         self._heldout: list[tuple[Tensor, Tensor]] = []
         device = next(model.parameters()).device
+        precision = config.precision
+        if precision == "auto":
+            precision = "bfloat16" if device.type == "cuda" else "float32"
         arguments = TrainingArguments(
             output_dir=str(Path(config.output) / "checkpoints"),
             max_steps=steps,
@@ -78,10 +81,6 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
             gradient_accumulation_steps=config.accumulate,
             learning_rate=config.lr,
             max_grad_norm=config.max_grad_norm,
-            warmup_steps=round(config.warmup * steps),
-            lr_scheduler_type={"constant": "constant_with_warmup"}.get(
-                config.schedule, config.schedule
-            ),
             logging_steps=config.log_every,
             logging_nan_inf_filter=False,
             save_strategy="steps",
@@ -91,7 +90,13 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
             seed=config.seed,
             use_cpu=device.type == "cpu",
             disable_tqdm=True,
-            report_to="none",
+            report_to=list(config.report_to) or "none",
+            bf16=precision == "bfloat16",
+            fp16=precision == "float16",
+            torch_compile=config.compile,
+            metric_for_best_model="loss" if config.patience else None,
+            greater_is_better=False if config.patience else None,
+            restore_callback_states_from_checkpoint=True,
             remove_unused_columns=False,
             dataloader_pin_memory=device.type == "cuda",
             prediction_loss_only=True,
@@ -105,8 +110,11 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
             data_collator=collate,
             train_dataset=train_blocks,
             eval_dataset=eval_blocks,
-            callbacks=[_Observe(self), *callbacks],
+            callbacks=[_Observe(self), *_built_in(config), *callbacks],
         )
+        check_parallelism(self.accelerator)
+        # The base's weights are whole here; sharded over processes they have no digest.
+        self.base_model = None if config.base_from is not None else fingerprint(model.model)
         self.pop_callback(_printer())
         self.model_accepts_loss_kwargs = True
 
@@ -156,6 +164,12 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
         return found
 
     @property
+    def loss_model(self) -> LossModel:
+        """The model with its loss, out of whatever wraps it."""
+        found: LossModel = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return found
+
+    @property
     def seconds(self) -> float:
         """Time spent training, over all continuations."""
         return self._seconds_before + time.perf_counter() - self._began
@@ -178,7 +192,10 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
                     f"the loss is {logs['loss']} at step {self.state.global_step}; lower the "
                     "learning rates, or use dtype float32, and start from an earlier checkpoint"
                 )
-            logs |= self.accelerator.unwrap_model(self.model).health
+            logs |= self.loss_model.health
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, TwoStages):
+                    logs["stage"] = callback.stage
         super().log(logs, start_time)
 
     # Order and rates.
@@ -190,12 +207,19 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer | None = getattr(self, "optimizer", None)
         if optimizer is None:
-            inner = self.accelerator.unwrap_model(self.model).model
-            optimizer = torch.optim.AdamW(
-                parameter_groups(inner, self.config), betas=(0.9, 0.99), eps=1e-8
-            )
+            groups = parameter_groups(self.loss_model.model, self.config)
+            optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-8)
             self.optimizer = optimizer
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        scheduler: Any = getattr(self, "lr_scheduler", None)
+        if scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+            scheduler = learning_rates(inner, self.config, num_training_steps)
+            self.lr_scheduler, self._created_lr_scheduler = scheduler, True
+        return scheduler
 
     # Checkpoints.
 
@@ -216,12 +240,12 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
             self.accelerator.wait_for_everyone()
             name = f"checkpoint-{self.state.global_step}"
             if self.args.should_save:
-                _seal(root / _STAGING / name)
+                seal(root / _STAGING / name)
                 shutil.rmtree(root / name, ignore_errors=True)
                 os.replace(root / _STAGING / name, root / name)
                 sync(root)
                 shutil.rmtree(root / _STAGING, ignore_errors=True)
-                for _, old in _checkpoints(root)[: -self.config.keep_checkpoints]:
+                for _, old in checkpoints(root)[: -self.config.keep_checkpoints]:
                     shutil.rmtree(old, ignore_errors=True)
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError) as error:
@@ -240,16 +264,38 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_trained(self.accelerator.unwrap_model(self.model).model, folder, self.config)
+        save_trained(
+            self.loss_model.model,
+            folder,
+            self.config,
+            tensors=None if state_dict is None else _inner_names(state_dict),
+            base_model=self.base_model,
+        )
         values = {"losses": self.losses, "seconds": self.seconds, "identity": self.identity}
-        atomic_write(folder / _LOSSES, json.dumps(values) + "\n")
+        atomic_write(folder / LOSSES, json.dumps(values) + "\n")
+
+    def full_tensors(self) -> dict[str, Tensor] | None:
+        """All parameters by their name in the language model where they are sharded, else None.
+
+        Every process must call it; only the first one gets the tensors.
+        """
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return None
+        return _inner_names(self.accelerator.get_state_dict(self.model_wrapped))
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """The Trainer's; what was trained is put back before the model is wrapped or sharded."""
+        if resume_from_checkpoint:
+            self._put_back(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
+        """Nothing: see `train`."""
+
+    def _put_back(self, folder: Path) -> None:
         verify_checkpoint(folder, self.identity)
-        inner = self.accelerator.unwrap_model(self.model if model is None else model).model
-        load_trained(inner, folder, self.config)
-        values = json.loads((folder / _LOSSES).read_text())
+        load_trained(self.loss_model.model, folder, self.config)
+        values = json.loads((folder / LOSSES).read_text())
         self.losses = list(values["losses"])
         self._seconds_before = float(values.get("seconds", 0.0))
 
@@ -262,12 +308,11 @@ class _Observe(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step + 1
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        model.observe = step % args.logging_steps == 0
+        self.trainer.loss_model.observe = step % args.logging_steps == 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Held-out passes that follow must not replace the training step's metrics.
-        self.trainer.accelerator.unwrap_model(self.trainer.model).observe = False
+        self.trainer.loss_model.observe = False
 
 
 class StopCallback(TrainerCallback):  # type: ignore[misc]
@@ -281,92 +326,18 @@ class StopCallback(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_training_stop = True
 
 
-def parameter_groups(model: Any, config: TuneConfig) -> list[dict[str, Any]]:
-    """Trainable parameters with their learning rates; weight decay for matrices only."""
-    named: list[tuple[str, Tensor, float]] = []
-    if is_attached(model):
-        addressing = {
-            id(p)
-            for adapter in adapters_of(model).values()
-            for projection in (adapter.q_proj, adapter.k_proj)
-            if projection is not None
-            for p in projection.parameters()
-        }
-        for name, p in rosa_parameters(model).items():
-            rate = config.lr
-            if name.startswith("token_route."):
-                rate = config.lr_token_route
-            elif id(p) in addressing:
-                rate *= config.qk_lr_scale
-            named.append((name, p, rate))
-    named += [(name, p, config.lr_lora) for name, p in lora_parameters(model).items()]
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for name, parameter, rate in named:
-        matrix = parameter.dim() >= 2 and not name.startswith("token_route.")
-        groups.setdefault((rate, config.weight_decay if matrix else 0.0), []).append(parameter)
-    return [
-        {"params": parameters, "lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
-    ]
+def _built_in(config: TuneConfig) -> list[TrainerCallback]:
+    found: list[TrainerCallback] = []
+    if config.base_from is not None:
+        found.append(TwoStages(config.base_from))
+    if config.patience:
+        found.append(EarlyStoppingCallback(config.patience))
+    return found
 
 
-def last_checkpoint(output: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    found = _checkpoints(Path(output) / "checkpoints")
-    return found[-1][1] if found else None
-
-
-def verify_checkpoint(folder: Path, identity: dict[str, Any] | None = None) -> None:
-    """Check a checkpoint's files, and that it belongs to the run that wants to go on.
-
-    Args:
-        folder: a folder ``checkpoint-N``.
-        identity: configuration and data digest of the run; None leaves that out.
-
-    Raises:
-        CheckpointError: incomplete, corrupt, or of another run.
-    """
-    remedy = "delete it to go on from the one before, or start again without resume"
-    try:
-        sealed = json.loads((folder / _SEAL).read_text())
-        for name, digest in sealed.items():
-            if _digest(folder / name) != digest:
-                raise CheckpointError(f"{folder / name} is corrupt; {remedy}")
-        saved = json.loads((folder / _LOSSES).read_text())["identity"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder} is incomplete or corrupt ({error}); {remedy}") from error
-    if identity is not None and saved != identity:
-        names = sorted(n for n in {*saved, *identity} if saved.get(n) != identity.get(n))
-        raise CheckpointError(
-            f"{folder} belongs to a run with other {', '.join(names)}; resume with the same "
-            "configuration and data, or train into another output folder"
-        )
-
-
-def _checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints by step, oldest first."""
-    found = []
-    for path in root.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and path.is_dir():
-            found.append((int(step), path))
-    return sorted(found)
-
-
-def _seal(folder: Path) -> None:
-    """Write all files through to the disk and record their digests."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            digests[path.relative_to(folder).as_posix()] = _digest(path)
-            sync(path)
-    atomic_write(folder / _SEAL, json.dumps(digests, indent=1) + "\n")
-    sync(folder)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _inner_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a `LossModel` by their name in the model inside it."""
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
 def _printer() -> type[TrainerCallback]:

@@ -1,0 +1,41 @@
+"""What several processes mean for a run: how many there are, and what they may not split."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from rosakit.errors import UnsupportedModelError
+
+__all__ = ["check_parallelism", "processes"]
+
+_SPLITS = {
+    "cp_size": "context parallelism",
+    "sp_size": "sequence parallelism",
+    "tp_size": "tensor parallelism",
+}
+
+
+def processes() -> int:
+    """Processes that a launcher (accelerate, torchrun, deepspeed) started for this run."""
+    return max(1, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def check_parallelism(accelerator: Any) -> None:
+    """Refuse what splits a sequence or a layer over processes.
+
+    A suffix match reads the symbols of the whole sequence; a process that holds a part of it would
+    match within that part only, and nothing would show it.
+
+    Raises:
+        UnsupportedModelError: context, sequence or tensor parallelism is on.
+    """
+    config = getattr(accelerator, "parallelism_config", None)
+    for name, what in _SPLITS.items():
+        size = getattr(config, name, None) or 1
+        if size > 1:
+            raise UnsupportedModelError(
+                f"{what} ({name}={size}) is not supported: a suffix match needs the whole "
+                "sequence and every route of a layer in one process. Use data parallelism (DDP), "
+                "FSDP or DeepSpeed ZeRO, and gradient checkpointing for longer sequences"
+            )
