@@ -254,6 +254,10 @@ def page(result: dict[str, Any], gpu: dict[str, Any] | None = None) -> str:
     for source, implementation in parts:
         title = "without a window" if implementation == "no window" else f"`{implementation}`"
         lines += [f"## {title}, {source['device']}", ""]
+        if not any(cells[implementation]["attach"] == YES for cells in source["rows"].values()):
+            said = next(iter(source["rows"].values()))[implementation]["attach"]
+            lines += [f"Refused for every architecture; the first says: {said}", ""]
+            continue
         lines += ["| architecture | " + " | ".join(FEATURES) + " |", "|---" * 7 + "|"]
         for name, cells in source["rows"].items():
             marks = (shown(cells[implementation][feature]) for feature in FEATURES)
