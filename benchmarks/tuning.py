@@ -35,11 +35,14 @@ from rosakit.tuning import RosaConfig, attach, detach, is_attached, rosa_paramet
 from rosakit.tuning.lora import add_lora, lora_parameters
 from rosakit.tuning.loss import LossModel, find_head
 
+WARM = 1
+"""Steps that are not timed."""
+
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "window": {"adapters": False},
     "window + rosa": {},
-    "window + rosa, whole projections": {"projection_rank": None},
     "window + rosa + token route": {"token_route": True},
+    "window + rosa, whole projections": {"projection_rank": None},
     "full attention": None,
     "window again": {"adapters": False},
 }
@@ -130,9 +133,9 @@ def measure(
         loss_model = LossModel(model, head)
         model.train()
         times, losses = [], []
-        for step in range(steps + 2):
+        for step in range(steps + WARM):
             _wait(device)
-            if cuda and step == 2:
+            if cuda and step == WARM:
                 torch.cuda.reset_peak_memory_stats()
             begin = time.perf_counter()
             with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -146,12 +149,12 @@ def measure(
         row = {
             "variant": name,
             "trains": "everything" if everything else "adapters",
-            "step_ms": 1e3 * statistics.median(times[2:]),
-            "step_ms_each": [round(1e3 * t, 1) for t in times[2:]],
+            "step_ms": 1e3 * statistics.median(times[WARM:]),
+            "step_ms_each": [round(1e3 * t, 1) for t in times[WARM:]],
             "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
             "first_loss": losses[0],
             "parameters_trained": sum(p.numel() for p in parameters),
-            "tokens_per_s": ids.numel() / statistics.median(times[2:]),
+            "tokens_per_s": ids.numel() / statistics.median(times[WARM:]),
         }
         for parameter in parameters:
             parameter.grad = None
@@ -183,7 +186,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file whose section 'training' is replaced")
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--skip", nargs="*", default=[], help="variants to leave out")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -210,6 +214,8 @@ def main() -> None:
             model = build(shape, device, torch.bfloat16)
             model.gradient_checkpointing_enable({"use_reentrant": False})
         for name in VARIANTS:
+            if name in arguments.skip:
+                continue
             try:
                 row = measure(
                     model, name, window, ids, everything=everything, steps=arguments.steps

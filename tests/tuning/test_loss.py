@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rosakit.tuning import RosaConfig, attach
+from rosakit.tuning import RosaConfig, attach, record_matches
 from rosakit.tuning.attach import controller_of
 from rosakit.tuning.lora import add_lora, lora_parameters
 from rosakit.tuning.loss import Head, LossModel, find_head, log_probs_of
@@ -154,3 +154,28 @@ def test_lora_is_float32_and_starts_silent():
     assert {p.dtype for p in lora_parameters(model).values()} == {torch.float32}
     assert not any("lm_head" in name for name in lora_parameters(model))
     assert torch.equal(model(ids).logits, before)
+
+
+def test_matches_are_kept_for_a_few_layers_of_observed_steps_only(monkeypatch):
+    """All layers' matches together would be the largest tensors of a training step."""
+    from rosakit.tuning import loss as module
+
+    ids = tokens(1, 30)
+    model = attach(build(depth=7), RosaConfig(window=9, sink_tokens=3))
+    wrapped = LossModel(model, None)
+    kept = []
+    leave = module._Watch.__exit__
+
+    def spy(self, *error):
+        kept.append(sorted(self.context.matches))
+        leave(self, *error)
+
+    monkeypatch.setattr(module._Watch, "__exit__", spy)
+    wrapped(ids, ids)
+    wrapped.observe = True
+    wrapped(ids, ids)
+    assert kept == [[], [0, 2, 4, 6]]
+    assert wrapped.health["match_rate"] > 0
+    with record_matches(model) as contexts:
+        model(ids)
+    assert sorted(contexts[0].matches) == list(range(7))

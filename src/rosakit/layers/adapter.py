@@ -282,7 +282,7 @@ class RosaAdapter(nn.Module):
             begun = self.begin(u, context)
         v = self.v_proj(u)
         y, match = self._read(u, v, context, begun)
-        if context.record and match is not None:
+        if match is not None and context.records(self.layer_index):
             context.matches[self.layer_index] = match
         out: Tensor = self.o_proj(y)
         if self.own_proj is not None:

@@ -31,6 +31,7 @@ class RosaContext:
         recent: each position's last tokens, int64 ``[reach, B, T]`` (see
             `rosakit.layers.hashing.token_windows`), for ``address="hash"``; streaming only.
         candidates: successor tokens of the best matches, for the token route.
+        record_layers: the layers whose matches are kept when `record` is set; None for all.
         matches: filled by the adapters when `record` is set: layer index to its hard match
             (in host memory when streaming).
         keep_inputs: adapters with trained addresses leave what they read in `inputs`.
@@ -46,10 +47,15 @@ class RosaContext:
     recent: Tensor | None = None
     candidates: TokenCandidates | None = None
     record: bool = False
+    record_layers: frozenset[int] | None = None
     matches: dict[int, Match] = field(default_factory=dict)
     keep_inputs: bool = False
     inputs: dict[int, Tensor] = field(default_factory=dict)
     shared: dict[Hashable, Any] = field(default_factory=dict)
+
+    def records(self, layer_index: int) -> bool:
+        """Whether this layer's match is to be kept."""
+        return self.record and (self.record_layers is None or layer_index in self.record_layers)
 
     def windows(self, reach: int) -> Tensor:
         """Each position's last `reach` tokens, int64 ``[reach, B, T]``.

@@ -40,6 +40,7 @@ class RosaController(nn.Module):
 
     Attributes:
         original_attention: the attention implementation to restore, None without a window.
+        record_layers: the layers whose matches the recorder keeps; None for all.
         recorder: a list that collects the `rosakit.layers.RosaContext` of every forward
             pass, with the adapters' matches, or None.
         keep_inputs: recorded contexts also hold what learned addresses are computed from.
@@ -65,6 +66,7 @@ class RosaController(nn.Module):
         self.injected = injected
         self.original_attention: str | None = None
         self.recorder: list[RosaContext] | None = None
+        self.record_layers: frozenset[int] | None = None
         self.keep_inputs = False
         self.teacher: AttentionTargets | None = None
         self.shared = shared
@@ -146,6 +148,7 @@ class RosaController(nn.Module):
         context.teacher = self.teacher
         if self.recorder is not None and self.teacher is None:
             context.rosa.record = True
+            context.rosa.record_layers = self.record_layers
             context.rosa.keep_inputs = self.keep_inputs
             self.recorder.append(context.rosa)
         self._candidates = context.rosa.candidates

@@ -8,6 +8,7 @@ graph is built below it at all, and the backward pass touches a few hundred numb
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,9 @@ from rosakit.tuning.health import match_health, mean_health, symbol_health, toke
 from rosakit.tuning.modules import decoder_of
 from rosakit.tuning.packing import IGNORE
 from rosakit.tuning.teaching import AddressTeacher
+
+_OBSERVED_LAYERS = 4
+"""Layers whose retrieval an observed step looks at."""
 
 __all__ = ["Head", "LossModel", "candidate_nll", "find_head", "log_probs_of"]
 
@@ -234,12 +238,17 @@ class _Watch:
     def __enter__(self) -> None:
         if self.controller is None:
             return
-        self._before = self.controller.recorder, self.controller.keep_inputs
-        self.controller.recorder, self.controller.keep_inputs = self._records, self.keep_inputs
+        controller = self.controller
+        self._before = controller.recorder, controller.keep_inputs, controller.record_layers
+        controller.recorder, controller.keep_inputs = self._records, self.keep_inputs
+        # A layer's matches are as large as many layers' activations, so few of them are kept.
+        seen = _spread(sorted(controller.injected), _OBSERVED_LAYERS) if self.observe else ()
+        controller.record_layers = frozenset(seen)
 
     def __exit__(self, *error: object) -> None:
-        if self.controller is not None:
-            self.controller.recorder, self.controller.keep_inputs = self._before
+        controller = self.controller
+        if controller is not None:
+            controller.recorder, controller.keep_inputs, controller.record_layers = self._before
 
     @torch.no_grad()
     def health(self, input_ids: Tensor) -> tuple[dict[str, float], dict[int, list[Fault]]]:
@@ -258,6 +267,9 @@ class _Watch:
                 granularity=config.granularity,
             )
             adapter = adapters[index]
+            if _sharded(adapter.e0, adapter.channels):
+                layers.append(values)
+                continue
             values["levels"] = float((adapter.e1 - adapter.e0).abs().float().mean())
             if index in context.inputs:
                 u = context.inputs[index]
@@ -276,3 +288,15 @@ class _Watch:
                 )
             layers.append(values)
         return mean_health(layers), faults
+
+
+def _spread(items: Sequence[int], count: int) -> list[int]:
+    """At most `count` items, evenly spread and with the last one."""
+    if len(items) <= count:
+        return list(items)
+    return [items[(i + 1) * len(items) // count - 1] for i in range(count)]
+
+
+def _sharded(parameter: Tensor, size: int) -> bool:
+    """Whether this process holds a part of the parameter only (FSDP, ZeRO-3)."""
+    return type(parameter.data) is not Tensor or parameter.numel() != size
