@@ -2,10 +2,12 @@
 
     python -m benchmarks.evidence prepare --model MODEL.gguf --books FOLDER --work /tmp/evidence
     python -m benchmarks.evidence run --model MODEL.gguf --work /tmp/evidence --arm rosa --seed 0
+    python -m benchmarks.evidence work --model MODEL.gguf --work /tmp/evidence --seconds 500
     python -m benchmarks.evidence collect --work /tmp/evidence --output docs/results/evidence
 
-`run` is one process a run, so that several share a GPU or a machine of several; a finished run is
-kept. `smoke` does all three on a model of random weights, in less than two minutes on a CPU.
+`run` is one run; `work` does all runs of the plan (`plan.py`) that no other process has claimed, so
+that several processes share a GPU or several GPUs, and starts none that would not end in time. A
+finished run is kept; one that ran out of time counts in no table.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import torch
 
 from benchmarks.evidence import collect, corpus
 from benchmarks.evidence.arms import arms
+from benchmarks.evidence.fast_lora import remove_summed_lora
 from benchmarks.evidence.measure import Tasks, measure
+from benchmarks.evidence.plan import PLAN, Planned, claimed
 from benchmarks.evidence.train import Learner, Sizes
 
 
@@ -41,52 +45,107 @@ def main(arguments: list[str] | None = None) -> int:
             heldout=options.heldout,
         )
     elif options.command == "run":
-        from rosakit.tuning.sources import load_model
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer = load_model(options.model, dtype="float32", device=device)
-        sizes = Sizes(tokens=options.tokens, block=options.block, batch=options.batch,
-                      accumulate=options.accumulate, window=options.window)  # fmt: skip
-        tasks = Tasks(options.window, 4, tuple(options.lengths), samples=options.samples,
-                      documents=options.documents)  # fmt: skip
-        deadline = began + options.seconds
-        run(options.arm, options.seed, model, tokenizer, sizes, tasks, options.work, deadline)
+        model, tokenizer = _load(options)
+        run(
+            Planned(options.arm, options.seed, options.window, options.tokens),
+            model,
+            tokenizer,
+            options.block,
+            options.batch,
+            _tasks(options),
+            options.work,
+            began + options.seconds,
+        )
+    elif options.command == "work":
+        model, tokenizer = _load(options)
+        queue = [Planned(p.arm, p.seed, p.window, int(p.tokens * options.scale)) for p in PLAN]
+        for planned in claimed(queue, options.work / "runs", began + options.seconds):
+            run(
+                planned,
+                model,
+                tokenizer,
+                options.block,
+                options.batch,
+                _tasks(options),
+                options.work,
+                began + options.seconds - 20,
+            )
     else:
         collect.collect(options.work, options.output, model=options.name)
     return 0
 
 
 def run(
-    name: str,
-    seed: int,
+    planned: Planned,
     model: Any,
     tokenizer: Any,
-    sizes: Sizes,
+    block: int,
+    batch: int,
     tasks: Tasks,
     work: Path,
     deadline: float,
 ) -> Path:
-    """Train and measure one arm with one seed; returns the file of its result."""
-    target = work / "runs" / f"{name}-w{sizes.window}-s{seed}.json"
+    """Train and measure one arm with one seed; returns the file of its result.
+
+    The model comes back as it was.
+    """
+    target = work / "runs" / f"{planned.name}.json"
     if target.exists():
         return target
-    arm = arms(sizes.window)[name]
+    arm, seed = arms(planned.window)[planned.arm], planned.seed
+    sizes = Sizes(planned.tokens, block, batch, window=planned.window)
     kinds = corpus.load(work)
-    learner = Learner(model, arm, sizes.window, seed)
+    learner = Learner(model, arm, planned.window, seed)
     training: dict[str, Any] = {}
-    if arm.trains:
-        blocks = {kind: found[0] for kind, found in kinds.items()}
-        training = learner.train(blocks, sizes, deadline)
-        print(f"{name} seed {seed}: {training['tokens']:,} tokens in {training['seconds']} s, "
-              f"loss {training['losses'][-1]:.3f}", flush=True)  # fmt: skip
-    heldout = {kind: found[1] for kind, found in kinds.items()}
-    variant = measure(learner, tokenizer, heldout, tasks)
+    try:
+        if arm.trains:
+            blocks = {kind: found[0] for kind, found in kinds.items()}
+            training = learner.train(blocks, sizes, deadline)
+            print(f"{planned.name}: {training['tokens']:,} tokens in {training['seconds']} s, "
+                  f"loss {training['losses'][-1]:.3f}", flush=True)  # fmt: skip
+        heldout = {kind: found[1] for kind, found in kinds.items()}
+        tasks = dataclasses.replace(tasks, window=planned.window)
+        began = time.monotonic()
+        variant = measure(learner, tokenizer, heldout, tasks)
+        training["seconds_measuring"] = round(time.monotonic() - began, 1)
+    finally:
+        remove_summed_lora(model)
     collect.write_run(
-        target, variant, name, seed, training, dataclasses.asdict(sizes), dataclasses.asdict(tasks)
+        target, variant, planned, training, dataclasses.asdict(sizes), dataclasses.asdict(tasks)
     )
     shown = {k: round(v, 2) for k, v in variant.perplexity.ppl_by_position.items()}
-    print(f"{name} seed {seed}: {shown}", flush=True)
+    needles = None if variant.niah is None else variant.niah.accuracy_beyond
+    print(f"{planned.name}: {shown}, needles {needles}", flush=True)
     return target
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, Any]:
+    from rosakit.tuning.sources import load_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and options.reserve:
+        _reserve(options.reserve)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    return load_model(options.model, dtype="auto", device=device)
+
+
+def _tasks(options: argparse.Namespace) -> Tasks:
+    return Tasks(
+        options.window, 4, tuple(options.lengths), samples=options.samples,
+        documents=options.documents,
+    )  # fmt: skip
+
+
+def _reserve(gib: float) -> None:
+    """Take memory of a shared GPU into this process's allocator, waiting until there is enough."""
+    torch.zeros(8, 8, device="cuda") @ torch.zeros(8, 8, device="cuda")  # the library's workspace
+    for _ in range(120):
+        try:
+            torch.empty(int(gib * 2**30), dtype=torch.uint8, device="cuda")
+            return
+        except torch.OutOfMemoryError:
+            time.sleep(2)
+    raise SystemExit(f"no {gib} GiB of GPU memory became free within four minutes")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,21 +158,26 @@ def _parser() -> argparse.ArgumentParser:
     single = commands.add_parser("run", help="one arm with one seed")
     single.add_argument("--arm", required=True, choices=list(arms(256)))
     single.add_argument("--seed", type=int, default=0)
-    single.add_argument("--window", type=int, default=256)
-    single.add_argument("--batch", type=int, default=2)
-    single.add_argument("--accumulate", type=int, default=2)
-    single.add_argument("--seconds", type=float, default=3600, help="training ends by then")
-    single.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192], help="of prompts")
-    single.add_argument("--samples", type=int, default=4, help="prompts a cell")
-    single.add_argument("--documents", type=int, default=32, help="held-out texts a kind")
-    for command in (prepare, single):
+    worker = commands.add_parser("work", help="every run of the plan that nobody has claimed")
+    worker.add_argument("--scale", type=float, default=1.0, help="of the plan's training tokens")
+    for command in (single, worker):
+        command.add_argument("--window", type=int, default=512)
+        command.add_argument("--batch", type=int, default=2, help="sequences a step")
+        command.add_argument("--seconds", type=float, default=3600, help="training ends by then")
+        command.add_argument(
+            "--lengths", type=int, nargs="*", default=[4096, 8192], help="tokens of the prompts"
+        )
+        command.add_argument("--samples", type=int, default=2, help="prompts a cell")
+        command.add_argument("--reserve", type=float, default=0, help="GiB of a shared GPU to hold")
+        command.add_argument("--documents", type=int, default=16, help="held-out texts a kind")
+    for command in (prepare, single, worker):
         command.add_argument("--model", required=True, help="folder, GGUF file or hub name")
-        command.add_argument("--tokens", type=int, default=4_000_000, help="trained on")
+        command.add_argument("--tokens", type=int, default=2_000_000, help="trained on")
         command.add_argument("--block", type=int, default=4096, help="tokens of a sequence")
     gather = commands.add_parser("collect", help="tables, plots and JSON of all runs")
     gather.add_argument("--output", type=Path, required=True)
     gather.add_argument("--name", default="SmolLM2-135M-Instruct")
-    for command in (prepare, single, gather):
+    for command in (prepare, single, worker, gather):
         command.add_argument("--work", type=Path, required=True, help="texts and runs")
     return parser
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence.plan import Planned
 from rosakit.evaluate import EvaluationResult, VariantResult, describe_environment
 from rosakit.evaluate.environment import Environment
 from rosakit.evaluate.results import write_json
@@ -24,8 +25,7 @@ attention."""
 def write_run(
     path: Path,
     variant: VariantResult,
-    arm: str,
-    seed: int,
+    planned: Planned,
     training: Mapping[str, Any],
     sizes: Mapping[str, Any],
     tasks: Mapping[str, Any],
@@ -35,8 +35,8 @@ def write_run(
     write_json(
         path,
         {
-            "arm": arm,
-            "seed": seed,
+            "arm": planned.arm,
+            "seed": planned.seed,
             "training": dict(training),
             "sizes": dict(sizes),
             "tasks": dict(tasks),
@@ -48,9 +48,15 @@ def write_run(
 
 def collect(work: Path, output: Path, *, model: str) -> dict[str, Any]:
     """Read all runs of a folder; write ``w<window>-seed<n>.json`` and ``summary.json``."""
-    runs = [json.loads(p.read_text()) for p in sorted((work / "runs").glob("*.json"))]
+    found = [json.loads(p.read_text()) for p in sorted((work / "runs").glob("*.json"))]
+    # What ran out of time was not trained alike.
+    runs = [r for r in found if r["training"].get("tokens") == r["training"].get("tokens_planned")]
     if not runs:
-        raise SystemExit(f"no runs in {work / 'runs'}; run an arm first")
+        raise SystemExit(f"no finished runs in {work / 'runs'}; run an arm first")
+    usual = statistics.mode(r["sizes"]["tokens"] for r in runs)
+    for r in runs:
+        if r["sizes"]["tokens"] != usual:
+            r["arm"] += f"@{r['sizes']['tokens'] / 1e6:g}M"
     names = json.loads((work / "names.json").read_text())
     summary: dict[str, Any] = {"model": model, "texts": names, "windows": {}}
     for window in sorted({run["sizes"]["window"] for run in runs}):
@@ -59,18 +65,19 @@ def collect(work: Path, output: Path, *, model: str) -> dict[str, Any]:
         results = []
         for seed in seeds:
             # Untrained arms do not depend on the seed: the first one stands for all.
-            chosen = {r["arm"]: r for r in here if not r["training"]}
-            chosen |= {r["arm"]: r for r in here if r["seed"] == seed and r["training"]}
+            chosen = {r["arm"]: r for r in here if "tokens" not in r["training"]}
+            chosen |= {r["arm"]: r for r in here if r["seed"] == seed and "tokens" in r["training"]}
             results.append(_result(model, window, seed, chosen))
             results[-1].save(output / f"w{window}-seed{seed}.json")
         summary["windows"][str(window)] = summarise(results)
-    first = runs[0]
+    first = next((r for r in runs if r["sizes"]["tokens"] == usual), runs[0])
+    summary["not_finished"] = len(found) - len(runs)
     summary |= {k: first["environment"][k] for k in ("hardware", "versions", "date", "commit")}
     summary["sizes"], summary["tasks"] = first["sizes"], first["tasks"]
     summary["runs"] = [
         {k: run[k] for k in ("arm", "seed")}
         | {"window": run["sizes"]["window"]}
-        | {k: run["training"].get(k) for k in ("tokens", "tokens_planned", "seconds")}
+        | {k: run["training"].get(k) for k in ("tokens", "seconds", "seconds_measuring", "losses")}
         for run in runs
     ]
     write_json(output / "summary.json", summary)
@@ -121,13 +128,16 @@ def summarise(results: Sequence[EvaluationResult]) -> dict[str, Any]:
                 for label in labels
             }
             closed, near, far = [], [], []
+            # A longer run is compared with a control and a ceiling trained as long.
+            suffix = arm[arm.index("@") :] if "@" in arm else ""
+            floor, ceiling = FLOOR + suffix, CEILING + suffix
             for result in having:
-                if not {FLOOR, CEILING} <= result.variants.keys():
+                if not {floor, ceiling} <= result.variants.keys():
                     continue
-                low, high = (_late(result.variants[n], key, window) for n in (CEILING, FLOOR))
+                low, high = (_late(result.variants[n], key, window) for n in (ceiling, floor))
                 here = _late(result.variants[arm], key, window)
                 closed.append((high - here) / (high - low))
-                first = [_of(result.variants[n], key).buckets[0] for n in (arm, FLOOR)]
+                first = [_of(result.variants[n], key).buckets[0] for n in (arm, floor)]
                 near.append(math.log(first[0].ppl / first[1].ppl))
                 far.append(here - high)
             if closed:

@@ -1,7 +1,8 @@
 """LoRA for experiments: weights and update are added before the product, in one matrix a layer.
 
 Mathematically what peft computes; on a GPU several times faster at this size, since nothing of the
-size of the activations is added. The update stays in float32; products run in the autocast type.
+size of the activations is added. The update stays in float32, and so does its sum with the weights;
+products run in the model's type.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["SummedLora", "add_summed_lora"]
+__all__ = ["SummedLora", "add_summed_lora", "remove_summed_lora"]
 
 
 class SummedLora(nn.Module):
@@ -28,8 +29,8 @@ class SummedLora(nn.Module):
         self.up = nn.Parameter(torch.zeros(out, rank, **options))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.linear.weight + (2 * (self.up @ self.down)).to(self.linear.weight.dtype)
-        return F.linear(x, weight, self.linear.bias)
+        weight = self.linear.weight.float() + 2 * (self.up @ self.down)
+        return F.linear(x, weight.to(x.dtype), self.linear.bias)
 
 
 def add_summed_lora(model: Any, rank: int) -> list[nn.Parameter]:
@@ -43,3 +44,11 @@ def add_summed_lora(model: Any, rank: int) -> list[nn.Parameter]:
                 setattr(module, name, wrapped)
                 added += [wrapped.down, wrapped.up]
     return added
+
+
+def remove_summed_lora(model: Any) -> None:
+    """Take all wrappers off again; the linear layers are what they were."""
+    for module in list(model.get_decoder().modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, SummedLora):
+                setattr(module, name, child.linear)

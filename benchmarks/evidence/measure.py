@@ -14,6 +14,7 @@ from rosakit.evaluate.grids import GridResult
 from rosakit.evaluate.niah import measure_niah, niah_grid
 from rosakit.evaluate.perplexity import measure_perplexity, position_edges
 from rosakit.evaluate.recall import copy_prompts, measure_prompts, mqar_prompts
+from rosakit.evaluate.scores import Scorer
 
 __all__ = ["Tasks", "measure"]
 
@@ -42,11 +43,30 @@ class Tasks:
     seed: int = 1
 
 
+_NEEDLES = ((0, False, "niah"), (4, False, "niah_multi"), (4, True, "niah_confusable"))
+"""Other needles, whether they share a word with the one asked for, and the name of the grid."""
+
+
+def _remembering(scorer: Scorer) -> Scorer:
+    """Whole texts are scored once, however many measurements read them."""
+    known: dict[bytes, Any] = {}
+
+    def score(input_ids: Any, mask: Any = None, keep: int | None = None) -> Any:
+        if keep is not None or mask is not None:
+            return scorer(input_ids, mask, keep)
+        name = input_ids.cpu().numpy().tobytes()
+        if name not in known:
+            known[name] = scorer(input_ids)
+        return known[name]
+
+    return score
+
+
 def measure(
     learner: Learner, tokenizer: Any, heldout: dict[str, np.ndarray], tasks: Tasks
 ) -> VariantResult:
     """All measurements of one arm."""
-    scorer, device = learner.scorer(), learner.device
+    scorer, device = _remembering(learner.scorer()), learner.device
     common: dict[str, Any] = {"window": tasks.window, "sink_tokens": tasks.sinks,
                               "device": device, "seed": tasks.seed}  # fmt: skip
     texts = {kind: rows[: tasks.documents].tolist() for kind, rows in heldout.items()}

@@ -6,8 +6,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +52,7 @@ class Learner:
     """A model with what an arm adds to it.
 
     Args:
-        model: a plain causal language model in float32; LoRA is put into it.
+        model: a plain causal language model; LoRA is put into it.
         arm: what is added.
         window: tokens.
         seed: of the added parameters and of the data order.
@@ -69,29 +68,23 @@ class Learner:
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
         self.model.requires_grad_(False)
-        self.device = next(self.model.parameters()).device
-        self.half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        first = next(self.model.parameters())
+        self.device, self.dtype = first.device, first.dtype
         self.lora = add_summed_lora(self.model, self.arm.rank) if self.arm.rank else []
         if self.arm.route:
             hidden = self.model.config.hidden_size
             self.route = TokenRoute(hidden, candidates=self.arm.route, device=self.device)
         weight = self.model.get_output_embeddings().weight.detach()
-        self.head = Head(weight.to(self.half), None)
+        self.head = Head(weight, None)
 
     @property
     def parameters(self) -> int:
         """Numbers that are trained."""
-        own = [] if self.route is None else list(self.route.parameters())
-        return sum(p.numel() for p in (*self.lora, *own))
+        return sum(p.numel() for p in self._trained())
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """The arm's attention, in the device's fast type."""
-        kind = self.device.type
-        with viewing(self.model, self.arm.view), torch.autocast(
-            kind, self.half, enabled=self.half != torch.float32
-        ):  # fmt: skip
-            yield
+    def computing(self) -> AbstractContextManager[None]:
+        """The arm's attention."""
+        return viewing(self.model, self.arm.view)
 
     def candidates(self, ids: Tensor) -> TokenCandidates | None:
         """The token route's candidates under the arm's rule."""
@@ -111,7 +104,7 @@ class Learner:
     def nll(self, ids: Tensor) -> Tensor:
         """Loss of every token but the first, ``[B, T - 1]``; call inside `computing`."""
         hidden = self.model.get_decoder()(input_ids=ids)[0]
-        flat = hidden[:, :-1].reshape(-1, hidden.shape[-1]).to(self.half)
+        flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
         target = ids[:, 1:].reshape(-1)
         found = self.candidates(ids)
         if found is None:
@@ -156,12 +149,9 @@ class Learner:
                     total = torch.zeros((), device=self.device)
                     for _ in range(sizes.accumulate):
                         ids = fed.get(timeout=120).to(self.device)
-                        loss = self.nll(ids).mean() / sizes.accumulate
-                        loss.backward()
-                        total += loss.detach()
+                        total += self._accumulate(ids, sizes.accumulate)
                         done += ids.numel()
-                    trained = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
-                    nn.utils.clip_grad_norm_(trained, 1.0)
+                    nn.utils.clip_grad_norm_(self._trained(), 1.0)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     if step % 10 == 0 or step == steps - 1:
@@ -177,6 +167,27 @@ class Learner:
             "seconds": round(seconds, 1),
             "losses": self.history,
         }
+
+    def _accumulate(self, ids: Tensor, parts: int) -> Tensor:
+        """Loss of a batch, its gradients added; waits where others hold the GPU's memory."""
+        for attempt in range(60):
+            before = [None if p.grad is None else p.grad.clone() for p in self._trained()]
+            try:
+                loss = self.nll(ids).mean() / parts
+                loss.backward()
+                return loss.detach()
+            except torch.OutOfMemoryError:
+                if attempt == 59:
+                    raise
+            for parameter, gradient in zip(self._trained(), before, strict=True):
+                parameter.grad = gradient
+            torch.cuda.empty_cache()
+            time.sleep(2)
+        raise AssertionError("unreachable")
+
+    def _trained(self) -> list[nn.Parameter]:
+        own = [] if self.route is None else list(self.route.parameters())
+        return [*self.lora, *own]
 
     def _feed(
         self,
@@ -222,7 +233,7 @@ class Learner:
                 logs, hits = [], []
                 for start in range(0, keep, 1024):
                     part = slice(start, start + 1024)
-                    logits = nn.functional.linear(hidden[:, part].to(self.half), *self.head).float()
+                    logits = nn.functional.linear(hidden[:, part], *self.head).float()
                     if found is not None:
                         assert self.route is not None
                         near = TokenCandidates(*(x[:, -keep - 1 : -1][:, part] for x in found))

@@ -196,10 +196,7 @@ def viewing(model: Any, view: View) -> Iterator[None]:
 
     def prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        device = ids.device.type
-        half = torch.is_autocast_enabled(device)
-        kind = torch.get_autocast_dtype(device) if half else next(model.parameters()).dtype
-        _current.seen = Seen(view, ids, kind)
+        _current.seen = Seen(view, ids, next(model.parameters()).dtype)
         return args, {**kwargs, "use_cache": False}
 
     hook = model.get_decoder().register_forward_pre_hook(prepare, with_kwargs=True)

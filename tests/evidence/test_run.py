@@ -12,6 +12,7 @@ from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import collect, corpus
 from benchmarks.evidence.arms import arms
 from benchmarks.evidence.measure import Tasks
+from benchmarks.evidence.plan import Planned, claimed
 from benchmarks.evidence.train import Learner, Sizes
 
 from rosakit.evaluate import EvaluationResult
@@ -48,13 +49,14 @@ def test_texts_are_split_by_file(tmp_path, monkeypatch):
 def test_a_small_run_shows_what_the_long_one_shows(tmp_path, monkeypatch):
     prepared(tmp_path, monkeypatch)
     began = time.monotonic()
-    sizes = Sizes(tokens=30 * 4 * LENGTH, block=LENGTH, batch=2, accumulate=2, window=WINDOW)
+    model = texts.model()
     tasks = Tasks(WINDOW, 4, (96,), depths=(0.5,), samples=1, pairs=(3,), documents=4)
     # Words of the test's vocabulary say nothing about magic numbers.
     monkeypatch.setattr("benchmarks.evidence.measure.make_needles", _needles)
     for name in ("full", "window+sinks", "control", "full+trained", "route", "route-near", "rosa"):
         for seed in (0, 1):
-            command.run(name, seed, texts.model(), texts.tokenizer(), sizes, tasks, tmp_path, 1e9)
+            planned = Planned(name, seed, WINDOW, 30 * 4 * LENGTH)
+            command.run(planned, model, texts.tokenizer(), LENGTH, 4, tasks, tmp_path, 1e9)
     summary = collect.collect(tmp_path, tmp_path / "out", model="tiny")
     found = summary["windows"][str(WINDOW)]["arms"]
     assert found["control"]["gap_closed"]["code"]["values"] == [0.0, 0.0]
@@ -102,11 +104,27 @@ def test_a_finished_run_is_kept_and_the_same_seed_gives_the_same_batches(tmp_pat
     seen = [torch.cat(rows) for rows in seen]
     assert torch.equal(seen[0], seen[1])
     assert seen[0].shape == (8, LENGTH)
-    target = tmp_path / "runs" / f"control-w{WINDOW}-s0.json"
+    planned = Planned("control", 0, WINDOW, 1000)
+    target = tmp_path / "runs" / f"{planned.name}.json"
     target.parent.mkdir()
     target.write_text("kept")
-    again = command.run("control", 0, None, None, sizes, Tasks(WINDOW, 4), tmp_path, 1e9)
+    again = command.run(planned, None, None, LENGTH, 1, Tasks(WINDOW, 4), tmp_path, 1e9)
     assert again.read_text() == "kept"
+
+
+def test_processes_share_a_plan_and_start_nothing_that_would_be_late(tmp_path, monkeypatch):
+    plan = [Planned("a", 0), Planned("b", 0), Planned("c", 0), Planned("d", 0, tokens=10)]
+    now = [0.0]
+    monkeypatch.setattr("benchmarks.evidence.plan.time.monotonic", lambda: now[0])
+    first, second = (claimed(plan, tmp_path, deadline=100.0) for _ in "ab")
+    assert next(first).arm == "a"
+    assert next(second).arm == "b"
+    now[0] = 60.0
+    # A run took 60 s for its million tokens: another does not fit, a short one does.
+    assert next(first).arm == "d"
+    assert next(second, None) is None
+    (tmp_path / f"{plan[2].name}.json").write_text("{}")
+    assert next(claimed(plan, tmp_path, deadline=100.0), None) is None
 
 
 def test_nothing_is_trained_but_what_the_arm_adds(tmp_path, monkeypatch):
