@@ -1,4 +1,4 @@
-"""(a) Direct fitting: q and k are free tensors, and the operator's output has to become a given one.
+"""(a) Direct fitting: q and k are free tensors, the output has to become a given one.
 
 No trunk, no data: what is left is the estimator. A teacher with symbols of its own reads values
 that the student is given; the student starts from other symbols. Every estimator gets the same
@@ -32,8 +32,8 @@ class Fit:
     length: int = 64
     routes: int = 8
     bits: int = 4
-    batch: int = 8
-    steps: int = 400
+    batch: int = 4
+    steps: int = 300
 
 
 def run(variant: str, seed: int, rate: float, *, fit: Fit, device: str) -> dict[str, Any]:

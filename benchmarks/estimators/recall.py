@@ -30,8 +30,8 @@ class Training:
         held_out: sequences asked at the end.
     """
 
-    steps: int = 2000
-    batch: int = 64
+    steps: int = 500
+    batch: int = 32
     rate: float = 3e-3
     address_rate: float = 1.0
     held_out: int = 512

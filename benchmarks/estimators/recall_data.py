@@ -3,7 +3,8 @@
 `mqar` follows the description of multi-query associative recall in Arora et al., "Zoology:
 Measuring and improving recall in efficient language models" (2023), section 4 and its appendix:
 keys and values from two halves of the vocabulary, pairs first, then each key once more at a gap
-drawn from a power law, and random tokens everywhere else. Sequences are drawn anew at every step.
+drawn from a power law; between the questions token 0, as in the published runs, or random tokens.
+Sequences are drawn anew at every step.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Task:
         vocabulary: tokens.
         power: exponent of the gaps' power law, ``p(gap) ~ gap ** (power - 1)``.
         forms: "synonyms": surface forms a key.
+        random_filler: random tokens between the questions. One in about eighty questions has then
+            no unique answer by content alone: its key happens to come again in between.
     """
 
     kind: str = "mqar"
@@ -35,6 +38,7 @@ class Task:
     vocabulary: int = 8192
     power: float = 0.01
     forms: int = 4
+    random_filler: bool = False
 
     def __post_init__(self) -> None:
         if self.length % 2 or 4 * self.pairs > self.length:
@@ -42,7 +46,7 @@ class Task:
                 f"{self.pairs} pairs and their questions need an even length of at least "
                 f"{4 * self.pairs}, got {self.length}"
             )
-        if self.concepts <= self.pairs:
+        if self.concepts <= self.pairs + 1:
             raise ValueError(f"{self.vocabulary} tokens are too few for {self.pairs} pairs")
 
     @property
@@ -55,10 +59,12 @@ class Task:
         device = generator.device
         half = self.vocabulary // 2
 
-        def some(high: int) -> Tensor:  # `pairs` different numbers below `high` in every row
-            return torch.rand(batch, high, device=device, generator=generator).topk(self.pairs)[1]
+        def some(low: int, high: int) -> Tensor:  # `pairs` different numbers in every row
+            chance = torch.rand(batch, high - low, device=device, generator=generator)
+            return low + chance.topk(self.pairs)[1]
 
-        keys, values = some(self.concepts), half + some(self.vocabulary - half)
+        # Concept 0 holds the filler's token.
+        keys, values = some(1, self.concepts), some(half, self.vocabulary)
         first, again = (self._surface(keys, generator) for _ in range(2))
         context = 2 * self.pairs
         room = (self.length - context) // 2
@@ -66,7 +72,10 @@ class Task:
         slots = torch.multinomial(gaps.expand(batch, -1), self.pairs, generator=generator)
         asked = context + 2 * slots
         tokens = torch.randint(
-            self.vocabulary, (batch, self.length), device=device, generator=generator
+            self.vocabulary if self.random_filler else 1,
+            (batch, self.length),
+            device=device,
+            generator=generator,
         )
         tokens[:, :context] = torch.stack([first, values], -1).flatten(1)
         tokens.scatter_(1, asked, again)

@@ -29,19 +29,22 @@ class Variant:
     note: str = ""
 
 
-_ANNEALED = {"tau": Schedule(0.5, 0.1, until=0.8)}
+# A pair that differs in one of M bits has the equality sigmoid(M - 1 - 1 / tau), so temperatures
+# have to end low for wide routes to tell symbols apart.
+_SOFT = {"tau": Schedule(0.5, 0.1, until=0.8)}
+_HARD = {"tau": Schedule(0.3, 0.1, until=0.8)}
 
 VARIANTS: dict[str, Variant] = {
     "counterfactual": Variant("counterfactual", note="default options"),
     "bitflip": Variant("bitflip", note="every flip"),
     "bitflip_sampled": Variant("bitflip", {"stride": 64}, note="1 flip in 32, unbiased"),
-    "soft_dp": Variant("soft_dp", schedules=_ANNEALED, note="soft forward, tau 0.5 to 0.1"),
+    "soft_dp": Variant("soft_dp", {}, _SOFT, note="soft forward, tau 0.5 to 0.1"),
     "soft_dp_st": Variant(
-        "soft_dp", {"straight_through": True, "tau": 0.3}, note="hard forward, soft gradient"
+        "soft_dp", {"straight_through": True}, _HARD, note="hard forward, tau 0.3 to 0.1"
     ),
-    "soft_scan": Variant("soft_scan", schedules=_ANNEALED, note="soft forward, tau 0.5 to 0.1"),
+    "soft_scan": Variant("soft_scan", {}, _SOFT, note="soft forward, tau 0.5 to 0.1"),
     "soft_scan_st": Variant(
-        "soft_scan", {"straight_through": True, "tau": 0.3}, note="hard forward, soft gradient"
+        "soft_scan", {"straight_through": True}, _HARD, note="hard forward, tau 0.3 to 0.1"
     ),
     "suffix_attention": Variant("suffix_attention", note="default options"),
     "frozen": Variant("soft_dp", {"tau": None}, note="addresses stay at their start"),

@@ -1,0 +1,164 @@
+"""Plots of the comparison: one figure for the tasks, one for directions and cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.estimators.results import grouped, spread
+from benchmarks.estimators.tables import best_rates
+
+_COLOURS = {
+    "counterfactual": "#1b6ca8",
+    "bitflip": "#b3261e",
+    "bitflip_sampled": "#e39a94",
+    "soft_dp": "#2e7d32",
+    "soft_dp_st": "#8bc48d",
+    "soft_scan": "#8a5a00",
+    "soft_scan_st": "#e0b050",
+    "suffix_attention": "#6a3fa0",
+    "frozen": "#777777",
+    "control": "#aaaaaa",
+    "attention": "#222222",
+}
+
+
+def plot(parts: dict[str, Any], beside: Path) -> list[Path]:
+    """Write PNG files beside the results; returns their paths."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    written = []
+    tasks = [n for n in ("fit", "mqar", "synonyms", "count") if n in parts]
+    if tasks:
+        figure, axes = plt.subplots(
+            1, len(tasks), figsize=(4.2 * len(tasks), 4.2), squeeze=False, layout="constrained"
+        )
+        for axis, name in zip(axes[0], tasks, strict=True):
+            _TASKS[name](axis, parts[name]["rows"])
+        written.append(_save(figure, beside, ""))
+    if "agree" in parts or "cost" in parts:
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+        if "agree" in parts:
+            _agree(axes[0], parts["agree"]["rows"])
+        if "cost" in parts:
+            _cost(axes[1], parts["cost"]["rows"])
+        written.append(_save(figure, beside, "_cost"))
+    return written
+
+
+def _save(figure: Any, beside: Path, suffix: str) -> Path:
+    path = beside.with_name(f"{beside.stem}{suffix}.png")
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _bars(axis: Any, values: dict[str, list[float]], title: str, unit: str) -> None:
+    """Mean as a bar, every seed as a dot."""
+    for place, (name, some) in enumerate(values.items()):
+        mean = spread(some)[0]
+        axis.barh(place, mean, color=_COLOURS[name], height=0.7)
+        axis.plot(some, [place] * len(some), "o", color="black", markersize=3)
+    axis.set_yticks(range(len(values)), list(values))
+    axis.invert_yaxis()
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(unit)
+
+
+def _fit(axis: Any, rows: list[dict[str, Any]]) -> None:
+    best = best_rates(rows)
+    for name, (_, some) in best.items():
+        curves = [r["accuracy_per_10_steps"] for r in some]
+        mean = [100 * sum(x) / len(x) for x in zip(*curves, strict=True)]
+        axis.plot([10 * (n + 1) for n in range(len(mean))], mean, color=_COLOURS[name], label=name)
+    axis.set_title("(a) fitting q and k directly", fontsize=10)
+    axis.set_xlabel("step of Adam")
+    axis.set_ylabel("output bits right, %")
+    axis.legend(fontsize=7)
+
+
+def _mqar(axis: Any, rows: list[dict[str, Any]]) -> None:
+    rows = [r for r in rows if "error" not in r]
+    task = max(rows, key=lambda r: r["task"]["length"])["task"]
+    some = [r for r in rows if r["task"] == task]
+    values = {}
+    for (name, tied), found in grouped(some, "variant", "tied_start").items():
+        if tied:
+            values[name] = [100 * r["accuracy"] for r in found]
+    _bars(axis, values, f"(b) MQAR, {task['pairs']} pairs, T = {task['length']}", "right, %")
+    smallest = min(rows, key=lambda r: r["task"]["length"])["task"]
+    untied = grouped([r for r in rows if not r["tied_start"] and r["task"] == smallest], "variant")
+    for place, name in enumerate(values):
+        if (name,) in untied:
+            points = [100 * r["accuracy"] for r in untied[name,]]
+            axis.plot(points, [place] * len(points), "x", color="red", markersize=5)
+    axis.set_xlim(0, 102)
+    if untied:
+        axis.plot([], [], "x", color="red", label=f"untied start, {smallest['pairs']} pairs")
+        axis.plot([], [], "o", color="black", markersize=3, label="seeds")
+        axis.legend(fontsize=7, loc="lower right")
+
+
+def _synonyms(axis: Any, rows: list[dict[str, Any]]) -> None:
+    values = {
+        n: [100 * r["accuracy"] for r in some] for (n,), some in grouped(rows, "variant").items()
+    }
+    _bars(axis, values, "(c) recall by another form of the key", "right, %")
+    axis.set_xlim(0, 102)
+
+
+def _count(axis: Any, rows: list[dict[str, Any]]) -> None:
+    values = {
+        n: [r["held_out_loss"] for r in some] for (n,), some in grouped(rows, "variant").items()
+    }
+    _bars(axis, values, "(d) counting, held-out loss", "nats a token")
+    low = min(min(x) for x in values.values())
+    axis.set_xlim(left=max(0.0, low - 0.1))
+
+
+def _agree(axis: Any, rows: list[dict[str, Any]]) -> None:
+    length = max(r["length"] for r in rows if "error" not in r)
+    some = [r for r in rows if "error" not in r and r["length"] == length]
+    names = list(dict.fromkeys(r["variant"] for r in some))
+    for shift, (key, mark) in enumerate((("q", "o"), ("k", "s"), ("v", "^"))):
+        for place, name in enumerate(names):
+            for stream, fill in (("random", "none"), ("copies", None)):
+                found = [
+                    r[f"cosine_{key}"]
+                    for r in some
+                    if (r["variant"], r["stream"]) == (name, stream)
+                ]
+                colour = _COLOURS[name]
+                axis.plot(
+                    spread(found)[0],
+                    place + 0.2 * (shift - 1),
+                    mark,
+                    color=colour,
+                    markerfacecolor=colour if fill is None else "none",
+                    markersize=5,
+                )
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.axvline(0, color="#cccccc", linewidth=0.8)
+    axis.set_title(f"(e) cosine with exact flips, T = {length}", fontsize=10)
+    axis.set_xlabel("○ q  □ k  △ v; filled: copied passages, open: random")
+
+
+def _cost(axis: Any, rows: list[dict[str, Any]]) -> None:
+    for (name,), some in grouped(rows, "variant").items():
+        some = sorted(some, key=lambda r: r["length"])
+        x = [r["length"] for r in some]
+        axis.plot(x, [r["milliseconds"] for r in some], "o-", color=_COLOURS[name], label=name)
+    first = next(r for r in rows if "error" not in r)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_title(f"(e) forward + backward, {first['routes']} routes", fontsize=10)
+    axis.set_xlabel("T")
+    axis.set_ylabel("ms")
+    axis.legend(fontsize=7)
+
+
+_TASKS = {"fit": _fit, "mqar": _mqar, "synonyms": _synonyms, "count": _count}
