@@ -5,7 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "rosakit/lane.hpp"
+#include "rosakit/compact_lane.hpp"
+#include "rosakit/lanes.hpp"
 #include "rosakit/pool.hpp"
 
 namespace rosakit {
@@ -13,32 +14,12 @@ namespace {
 
 /// Least bytes of a lane: the first pages of its arrays and its undo log.
 constexpr std::size_t kLeastLane = 64 * 1024;
+/// Lanes between the stages of a block (feed_all).
+constexpr std::size_t kAhead = 4;
 
-template <bool kWide>
-std::shared_ptr<Lane> make_lane_of(const MemoryOptions& o) {
-  const Budget budget{o.walk_per_symbol, o.walk_base};
-  if (o.rule.granularity == Granularity::run)
-    return std::make_shared<TypedLane<kWide, true>>(o.rule, o.bits, budget);
-  return std::make_shared<TypedLane<kWide, false>>(o.rule, o.bits, budget);
-}
-std::shared_ptr<Lane> make_lane(const MemoryOptions& o) {
-  return o.bits && o.bits <= 8 ? make_lane_of<false>(o) : make_lane_of<true>(o);
-}
-
-void prefetch_object(const Lane* lane) {
-  for (int line = 0; line < 6; ++line)
-    __builtin_prefetch(reinterpret_cast<const char*>(lane) + line * 64);
-}
-
-/// A lane that takes longer streams, fed with what `lane` was fed with.
-std::shared_ptr<Lane> widen(const Lane& lane, const MemoryOptions& o) {
-  auto wide = make_lane_of<true>(o);
-  wide->skip(lane.start());
-  i32 position, length;
-  for (u32 i = lane.start(); i < lane.length(); ++i)
-    wide->step(lane.query(i), lane.key(i), i + Lane::kUndoDepth >= lane.length(), &position,
-               &length);
-  return wide;
+[[gnu::always_inline]] inline void prefetch_object(const Lane* lane) {
+  for (int line = -1; line < 6; ++line)  // the reference count precedes the object
+    __builtin_prefetch(reinterpret_cast<const char*>(lane) + line * 64, 1);
 }
 
 /// A lane that only this memory holds.
@@ -109,8 +90,8 @@ void SuffixMemory::feed(std::size_t s, const Chunk<T>& chunk, std::size_t begin,
   const std::size_t n = chunk.n, width = chunk.candidates ? chunk.candidates : 1;
   const u8* mask = chunk.mask ? chunk.mask + s / options_.routes * n : nullptr;
   if (!lanes_[s]->has_room(end - begin)) [[unlikely]]
-    lanes_[s] = widen(*lanes_[s], options_);
-  Lane& lane = own(lanes_[s]);
+    lanes_[s] = generalise(*lanes_[s], end - begin, options_);
+  Lane* lane = &own(lanes_[s]);
   std::size_t left = end - begin;
   if (mask) left -= static_cast<std::size_t>(std::count(mask + begin, mask + end, u8{0}));
   for (std::size_t i = begin; i < end; ++i) {
@@ -123,12 +104,18 @@ void SuffixMemory::feed(std::size_t s, const Chunk<T>& chunk, std::size_t begin,
       continue;
     }
     const bool undoable = left-- <= Lane::kUndoDepth;
-    if (chunk.candidates)
-      lane.step_candidates(static_cast<u32>(chunk.q[at]), chunk.candidates, undoable, position,
-                           length);
-    else
-      lane.step(static_cast<u32>(chunk.q[at]), static_cast<u32>(chunk.k[at]), undoable, position,
-                length);
+    const auto step = [&] {
+      const auto q = static_cast<u32>(chunk.q[at]), k = static_cast<u32>(chunk.k[at]);
+      if (chunk.candidates)
+        return lane->step_candidates(q, chunk.candidates, undoable, position, length);
+      if (lane->compact)
+        return static_cast<CompactLane*>(lane)->step(q, k, undoable, position, length);
+      return lane->step(q, k, undoable, position, length);
+    };
+    if (step()) continue;
+    lanes_[s] = generalise(*lane, end - i, options_);
+    lane = lanes_[s].get();
+    step();
   }
 }
 
@@ -149,10 +136,12 @@ void SuffixMemory::make_room(std::size_t symbols) {
 }
 
 void SuffixMemory::evict(std::size_t row, i64 keep) {
+  const auto last = static_cast<u32>(lengths_[row]), first = last - static_cast<u32>(keep);
   parallel_for(options_.routes, [&](std::size_t r, unsigned) {
-    own(lanes_[row * options_.routes + r]).evict(static_cast<u32>(keep));
+    auto& lane = lanes_[row * options_.routes + r];
+    lane = replay(*lane, first, last, make_lane(options_), options_);
   });
-  starts_[row] = lengths_[row] - keep;
+  starts_[row] = first;
 }
 
 template <class T>
@@ -188,20 +177,19 @@ void SuffixMemory::feed_all(const Chunk<T>& chunk, std::size_t begin, std::size_
   const std::size_t blocks = (lanes_.size() + block - 1) / block;
   parallel_for(blocks, [&](std::size_t b, unsigned) {
     const std::size_t first = b * block, last = std::min(lanes_.size(), first + block);
-    constexpr std::size_t kDistance = 2, kLead = Lane::kStages * kDistance;
-    u32 chain[64];
-    for (std::size_t s = first; s < last + kLead; ++s) {
-      if (block > 1) {
-        if (s + kDistance < last) prefetch_object(lanes_[s + kDistance].get());
-        for (unsigned stage = 0; stage < Lane::kStages; ++stage) {
-          const std::size_t ahead = s - stage * kDistance;
-          if (s >= first + stage * kDistance && ahead < last)
-            lanes_[ahead]->approach(stage, static_cast<u32>(chunk.q[ahead * chunk.n + begin]),
-                                    static_cast<u32>(chunk.k[ahead * chunk.n + begin]),
-                                    chain[ahead - first]);
-        }
-      }
-      if (s >= first + kLead) feed(s - kLead, chunk, begin, end);
+    if (block == 1) return feed(first, chunk, begin, end);
+    const auto compact = [&](std::size_t s) {
+      return lanes_[s]->compact ? static_cast<const CompactLane*>(lanes_[s].get()) : nullptr;
+    };
+    for (std::size_t s = first; s < last + 3 * kAhead; ++s) {
+      if (s < last) prefetch_object(lanes_[s].get());
+      if (const std::size_t a = s - kAhead; s >= first + kAhead && a < last)
+        if (const auto* lane = compact(a)) lane->approach();
+      if (const std::size_t a = s - 2 * kAhead; s >= first + 2 * kAhead && a < last)
+        if (const auto* lane = compact(a))
+          lane->approach(static_cast<u32>(chunk.q[a * chunk.n + begin]) & 15u,
+                         static_cast<u32>(chunk.k[a * chunk.n + begin]) & 15u);
+      if (s >= first + 3 * kAhead) feed(s - 3 * kAhead, chunk, begin, end);
     }
   });
   for (std::size_t b = 0; b < options_.batch; ++b) {
@@ -239,7 +227,11 @@ void SuffixMemory::truncate(std::size_t row, i64 length) {
     throw std::invalid_argument("a length must be >= 0, got " + std::to_string(length));
   if (length >= lengths_[row]) return;
   parallel_for(options_.routes, [&](std::size_t r, unsigned) {
-    own(lanes_[row * options_.routes + r]).truncate(static_cast<u32>(length));
+    auto& lane = lanes_[row * options_.routes + r];
+    const auto to = static_cast<u32>(length);
+    if (to > lane->start() && own(lane).undo_to(to)) return;
+    const u32 first = std::min(lane->start(), to);  // below it, an empty lane of that length
+    lane = replay(*lane, first, to, make_lane(options_), options_);
   });
   lengths_[row] = length;
   starts_[row] = std::min(starts_[row], length);

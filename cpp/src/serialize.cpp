@@ -6,7 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "rosakit/lane.hpp"
+#include "rosakit/lanes.hpp"
 #include "rosakit/memory.hpp"
 #include "rosakit/pool.hpp"
 
@@ -173,13 +173,17 @@ SuffixMemory SuffixMemory::deserialize(std::span<const char> bytes) {
   parallel_for(lanes, [&](std::size_t s, unsigned) {
     i32 position, length;
     const i64 first = memory.starts_[s / o.routes], n = memory.lengths_[s / o.routes] - first;
-    memory.lanes_[s]->skip(static_cast<u32>(first));
+    auto& lane = memory.lanes_[s];
+    lane->skip(static_cast<u32>(first));
     for (i64 i = 0; i < n; ++i) {
       const u32 q = get(symbols[s].query + i * h.symbol_bytes, h.symbol_bytes);
       const u32 k = get(symbols[s].key + i * h.symbol_bytes, h.symbol_bytes);
       if (q >= limit || k >= limit)
         throw std::runtime_error("memory file: a symbol is out of range");
-      memory.lanes_[s]->step(q, k, i + static_cast<i64>(Lane::kUndoDepth) >= n, &position, &length);
+      const bool undoable = i + static_cast<i64>(Lane::kUndoDepth) >= n;
+      if (lane->step(q, k, undoable, &position, &length)) continue;
+      lane = generalise(*lane, static_cast<std::size_t>(n - i), o);
+      lane->step(q, k, undoable, &position, &length);
     }
   });
   return memory;

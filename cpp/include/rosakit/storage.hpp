@@ -79,6 +79,12 @@ class PagedArray {
     if (size_ >> kShift == pages_.size()) pages_.push_back(fresh());
     *mut_ptr(size_++) = value;
   }
+  /// `n` more elements, uninitialised and at most a page of them.
+  void extend(std::size_t n) {
+    size_ += n;
+    if ((size_ - 1) >> kShift >= pages_.size()) [[unlikely]]
+      pages_.push_back(fresh());
+  }
   /// New elements are uninitialised; pages past a shrunk end are given back.
   void resize(std::size_t n) {
     const std::size_t used = (n + kItems - 1) >> kShift;
