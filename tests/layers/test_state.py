@@ -108,3 +108,40 @@ def test_reordering_and_truncation_on_the_device(device):
         states.settle([adapter])
         assert isinstance(states.adapters[0], state_module.AdapterState)
         assert (states.adapters[0].values.lengths == 20).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_decoding_follows_weights_that_change(dtype):
+    """Copies that make a step short are made anew when a weight or a level has changed."""
+    torch.manual_seed(0)
+    adapter = RosaAdapter(24, bits=2, routes=3, unmatched="null", dtype=dtype)
+    torch.nn.init.normal_(adapter.o_proj.weight)
+    u = torch.randn(3, 24, dtype=dtype)[torch.randint(0, 3, (2, 30))]
+    for change in (None, "e0", "e1", "e_null", "q_proj", "k_proj", "v_proj"):
+        if change is not None:
+            for parameter in (
+                [getattr(adapter, change)]
+                if change.startswith("e")
+                else getattr(adapter, change).parameters()
+            ):
+                parameter.mul_(-1.5)
+        states = RosaStates()
+        parts = [adapter(part, RosaContext(states=states)) for part in u.split(1, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), adapter(u, RosaContext()))
+
+
+def test_levels_learn_through_a_cache():
+    """With gradients on, single steps give the gradients of the whole sequence."""
+    torch.manual_seed(0)
+    adapter = RosaAdapter(24, bits=2, routes=3, unmatched="null")
+    torch.nn.init.normal_(adapter.o_proj.weight)
+    u = torch.randn(3, 24)[torch.randint(0, 3, (2, 30))]
+    names = ("e0", "e1", "e_null")
+    levels = [getattr(adapter, name) for name in names]
+    wanted = torch.autograd.grad(adapter(u, RosaContext()).square().sum(), levels)
+    states = RosaStates()
+    parts = [adapter(part, RosaContext(states=states)) for part in u.split(1, dim=1)]
+    got = torch.autograd.grad(torch.cat(parts, 1).square().sum(), levels)
+    for name, one, other in zip(names, got, wanted, strict=True):
+        torch.testing.assert_close(one, other, msg=lambda m, n=name: f"d{n}: {m}")

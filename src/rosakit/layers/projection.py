@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rosakit.errors import InvalidInputError
 
-__all__ = ["Projection", "Projections"]
+__all__ = ["Projection", "Projections", "version_of"]
+
+_JOINED = 512
+"""Widest q, k and v whose weights are joined for decoding: a copy of more costs too much memory,
+and there a launch more hardly counts."""
+
+
+def version_of(x: Tensor) -> tuple[int, int]:
+    """What changes when a tensor's content does (inference tensors do not say)."""
+    return x.data_ptr(), 0 if x.is_inference() else x._version
 
 
 class Projection(nn.Module):
@@ -112,6 +123,7 @@ class Projections(nn.Module):
     ) -> None:
         super().__init__()
         self.tied_start, self.silent_addresses = tied_start, silent_addresses
+        self._joined: tuple[tuple[Any, ...], Tensor] | None = None
 
         def map_of(in_features: int, out_features: int) -> Projection:
             return Projection(in_features, out_features, rank, device=device, dtype=dtype)
@@ -122,6 +134,25 @@ class Projections(nn.Module):
         self.w_o = map_of(channels, hidden_size)
         self.w_own = map_of(channels, hidden_size) if own_value else None
         self.reset_parameters()
+
+    def addresses_and_values(self, x: Tensor) -> Tensor:
+        """q, k and v side by side ``[B, T, 3 C]``, in one product where that is cheaper.
+
+        Without gradients: the joined weights are a copy, made anew when a weight has changed.
+        """
+        assert self.w_q is not None
+        maps = [self.w_q, self.w_q if self.w_k is None else self.w_k, self.w_v]
+        if self.w_v.rank is not None or self.w_v.out_features > _JOINED:
+            q = maps[0](x)
+            return torch.cat([q, q if self.w_k is None else maps[1](x), maps[2](x)], dim=-1)
+        weights = [m.weight for m in maps]
+        name = tuple(version_of(w) for w in weights)
+        if self._joined is None or self._joined[0] != name:
+            self._joined = (name, torch.cat([w.detach() for w in weights]))
+        return F.linear(x, self._joined[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_joined": None}  # a copy makes its own
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

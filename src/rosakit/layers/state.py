@@ -24,6 +24,7 @@ from rosakit import native, symbols
 from rosakit.errors import InvalidInputError
 from rosakit.layers.device_state import DeviceState, positions_on_device
 from rosakit.layers.history import History
+from rosakit.layers.projection import version_of
 from rosakit.layers.token_match import TokenCandidates
 from rosakit.layers.token_states import CodeState, FarState, RecentTokens
 from rosakit.types import Match
@@ -37,8 +38,8 @@ _SMALL = 64
 """Positions up to which bits are packed and unpacked on the host, where that costs less than the
 launches on a device; longer chunks pack first and move fewer bytes."""
 
-_NULL = 2
-"""What stands for "no match" among value bits."""
+_RAW = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers as wide as a floating dtype, for numpy, which lacks bfloat16."""
 
 
 class AdapterState:
@@ -65,6 +66,7 @@ class AdapterState:
             else None
         )
         self.values = History(batch, adapter.routes, np.uint8 if adapter.bits <= 8 else np.uint16)
+        self._cached: tuple[tuple[Any, ...], list[Array]] | None = None
 
     @classmethod
     def moved(cls, adapter: RosaAdapter, state: DeviceState) -> AdapterState:
@@ -90,6 +92,8 @@ class AdapterState:
         e0: Tensor,
         e1: Tensor,
         e_null: Tensor | None,
+        *,
+        joined: Tensor | None = None,
     ) -> tuple[Tensor, Match]:
         """Take in a chunk: match its queries, remember its keys and values, read what matched.
 
@@ -101,12 +105,13 @@ class AdapterState:
             e0: ``[C]``, value of a 0 bit.
             e1: ``[C]``, value of a 1 bit.
             e_null: ``[C]``, value where nothing matched, or None for zero.
+            joined: the channels side by side ``[B, n, 3 C]``, if they are views of one tensor.
 
         Returns:
             ``y [B, n, C]`` on the channels' device and the match in host memory.
         """
         v = channels[-1]
-        streams = self._symbols(channels)
+        streams = self._symbols(channels, joined)
         kept = None if mask is None else mask.to("cpu", torch.bool).numpy()
         if match is None:
             assert self.memory is not None
@@ -122,23 +127,21 @@ class AdapterState:
         read = self.values.read(np.where(position < 0, 0, position))
         return self._values(read, null, v, e0, e1, e_null), match
 
-    def _symbols(self, channels: list[Tensor]) -> list[Array]:
+    def _symbols(self, channels: list[Tensor], joined: Tensor | None) -> list[Array]:
         """Symbols ``[B, R, n]`` of each, in host memory."""
-        batch, length, width = channels[0].shape
-        if length > _SMALL:
+        if channels[0].shape[1] > _SMALL:
             packed = torch.stack([symbols.pack(x, self.bits) for x in channels])
             return list(packed.cpu().numpy())
-        sign = symbols.binarize(torch.cat(channels, dim=-1)).cpu().numpy()
-        shape = (batch, length, len(channels), width // self.bits, self.bits)
-        word = 8 if self.bits <= 8 else 16
-        padded = np.zeros((*shape[:-1], word), np.bool_)
-        padded[..., : self.bits] = sign.reshape(shape)
-        packed_bits = np.packbits(padded, axis=-1, bitorder="little")
-        values = packed_bits.view(self.values.table.dtype.newbyteorder("<"))[..., 0]
-        return [
-            np.ascontiguousarray(values[:, :, i].transpose(0, 2, 1), self.values.table.dtype)
-            for i in range(len(channels))
-        ]
+        if joined is None:
+            joined = channels[0] if len(channels) == 1 else torch.cat(channels, dim=-1)
+        return self._pack(symbols.binarize(joined).cpu().numpy(), len(channels))
+
+    def _pack(self, sign: Array, parts: int) -> list[Array]:
+        """Symbols ``[B, R, n]`` of each part of ``sign [B, n, parts * C]``."""
+        batch, length, _ = sign.shape
+        weight = (1 << np.arange(self.bits)).astype(self.values.table.dtype)
+        packed = sign.reshape(batch, length, parts, self.routes, self.bits) @ weight
+        return [np.ascontiguousarray(packed[:, :, i].transpose(0, 2, 1)) for i in range(parts)]
 
     def _values(
         self,
@@ -150,25 +153,50 @@ class AdapterState:
         e_null: Tensor | None,
     ) -> Tensor:
         """``y [B, n, C]`` of the symbols read ``[B, R, n]``; `null` where nothing was."""
-        batch, length, width = v.shape
         missing: Tensor | None
-        if length > _SMALL:
+        if v.shape[1] > _SMALL:
             bit = symbols.unpack(torch.from_numpy(read).to(v.device), self.bits)
             missing = torch.from_numpy(null).to(v.device).transpose(1, 2)
             missing = missing.repeat_interleave(self.bits, dim=-1) if null.any() else None
+        elif not (torch.is_grad_enabled() and e0.requires_grad):
+            return self._host_values(read, null, v, e0, e1, e_null)
         else:
-            shifts = np.arange(self.bits, dtype=read.dtype)
-            code = ((read[..., None] >> shifts) & 1).astype(np.uint8)
-            code[null] = _NULL
-            code = np.ascontiguousarray(code.transpose(0, 2, 1, 3)).reshape(batch, length, width)
-            bit_or_null = torch.from_numpy(code).to(v.device)
-            bit = bit_or_null == 1
-            missing = bit_or_null == _NULL if null.any() else None
+            bit = symbols.unpack(torch.from_numpy(read).to(v.device), self.bits)
+            missing = torch.from_numpy(null).to(v.device).transpose(1, 2)
+            missing = missing.repeat_interleave(self.bits, dim=-1)
         y = torch.where(bit, e1.to(v.dtype), e0.to(v.dtype))
         if missing is None:
             return y
         fill = y.new_zeros(()) if e_null is None else e_null.to(v.dtype)
         return torch.where(missing, fill, y)
+
+    def _host_values(
+        self,
+        read: Array,
+        null: Array,
+        v: Tensor,
+        e0: Tensor,
+        e1: Tensor,
+        e_null: Tensor | None,
+    ) -> Tensor:
+        """`_values` put together on the host: one transfer and no kernel."""
+        zero, one, fill = self._levels(v, e0, e1, e_null)
+        shifts = np.arange(self.bits, dtype=read.dtype)
+        bit = ((read.transpose(0, 2, 1)[..., None] >> shifts) & 1).astype(np.bool_)
+        y = np.where(bit, one, zero)
+        if null.any():
+            y = np.where(null.transpose(0, 2, 1)[..., None], fill, y)
+        return torch.from_numpy(y.reshape(v.shape)).view(v.dtype).to(v.device)
+
+    def _levels(self, v: Tensor, e0: Tensor, e1: Tensor, e_null: Tensor | None) -> list[Array]:
+        """e0, e1 and e_null in host memory, ``[R, M]`` raw numbers of the dtype of `v`."""
+        given = [e0, e1, torch.zeros_like(e0) if e_null is None else e_null]
+        name = (v.dtype, *(version_of(x) for x in given[: 2 + (e_null is not None)]))
+        if self._cached is None or self._cached[0] != name:
+            raw = _RAW[v.dtype.itemsize]
+            levels = [x.detach().to("cpu", v.dtype).view(raw).numpy() for x in given]
+            self._cached = (name, [x.reshape(self.routes, self.bits) for x in levels])
+        return self._cached[1]
 
     def select(self, rows: Tensor) -> None:
         if self.memory is not None:
