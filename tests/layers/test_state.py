@@ -144,4 +144,6 @@ def test_levels_learn_through_a_cache():
     parts = [adapter(part, RosaContext(states=states)) for part in u.split(1, dim=1)]
     got = torch.autograd.grad(torch.cat(parts, 1).square().sum(), levels)
     for name, one, other in zip(names, got, wanted, strict=True):
-        torch.testing.assert_close(one, other, msg=lambda m, n=name: f"d{n}: {m}")
+        torch.testing.assert_close(
+            one, other, atol=2e-3, rtol=1e-4, msg=lambda m, n=name: f"d{n}: {m}"
+        )

@@ -202,7 +202,7 @@ class RosaAdapter(nn.Module):
         self.e_null = (
             nn.Parameter(torch.empty(channels, **options)) if unmatched == "null" else None
         )
-        self.alpha = nn.Parameter(torch.empty((), **options)) if inject == "pre_attn" else None
+        self.alpha = nn.Parameter(torch.empty(1, **options)) if inject == "pre_attn" else None
         self.reset_parameters()
 
     @property
