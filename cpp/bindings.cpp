@@ -188,8 +188,24 @@ void extend_arrays(SuffixMemory& memory, In<T, 3> q, In<T, 3> k, MaybeIn<u8, 2> 
                          candidates ? static_cast<unsigned>(position.shape(3)) : 0});
 }
 
+/// One position of every stream, into the caller's arrays: nothing is allocated on the way.
+template <class T>
+void step_arrays(SuffixMemory& memory, In<T, 2> q, In<T, 2> k, MaybeIn<u8, 1> mask,
+                 Out<i32, 2> position, Out<i32, 2> length) {
+  const MemoryOptions& o = memory.options();
+  const auto fits = [&](const auto& a) { return a.shape(0) == o.batch && a.shape(1) == o.routes; };
+  expect(fits(q) && fits(k) && fits(position) && fits(length),
+         "q, k and the results of a step must have the shape [B, R] of the memory");
+  expect(!mask || mask->shape(0) == o.batch, "the mask of a step must have shape [B]");
+  memory.extend(Chunk<T>{q.data(), k.data(), mask ? mask->data() : nullptr, position.data(),
+                         length.data(), 1, 0});
+}
+
 template <class T, class C>
 void def_extend(C& cls) {
+  cls.def("step", &step_arrays<T>, nb::arg("q").noconvert(), nb::arg("k").noconvert(),
+          nb::arg("mask").noconvert().none(), nb::arg("position").noconvert(),
+          nb::arg("length").noconvert(), nb::call_guard<nb::gil_scoped_release>());
   cls.def("extend", &extend_arrays<T>, nb::arg("q").noconvert(), nb::arg("k").noconvert(),
           nb::arg("mask").noconvert().none(), nb::arg("position").noconvert(),
           nb::arg("length").noconvert(), nb::arg("candidates"),

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
 #include <stdexcept>
 #include <string>
 
@@ -34,6 +35,11 @@ Lane& own(std::shared_ptr<Lane>& lane) {
 template <class T>
 void check_symbols(const T* x, const char* name, const MemoryOptions& o, const Chunk<T>& chunk) {
   const u32 limit = u32{1} << (o.bits ? o.bits : 31);
+  if (!chunk.mask) {  // the usual case, in a loop that vectorises
+    u32 all = 0;
+    for (std::size_t i = 0; i < o.batch * o.routes * chunk.n; ++i) all |= static_cast<u32>(x[i]);
+    if (all < limit) return;
+  }
   for (std::size_t s = 0; s < o.batch * o.routes; ++s)
     for (std::size_t i = 0; i < chunk.n; ++i) {
       if (chunk.mask && !chunk.mask[s / o.routes * chunk.n + i]) continue;
@@ -149,6 +155,10 @@ void SuffixMemory::extend(const Chunk<T>& chunk) {
   const std::size_t n = chunk.n;
   if (!n || lanes_.empty()) return;
   const Use use(*this);
+  for (const i64 length : lengths_)
+    if (length + static_cast<i64>(n) >= (i64{1} << 31) - 1)
+      throw std::length_error("a stream of " + std::to_string(length + static_cast<i64>(n)) +
+                              " symbols is too long: positions are int32, fewer than 2^31 - 1 fit");
   check_symbols(chunk.q, "q", options_, chunk);
   if (chunk.k != chunk.q) check_symbols(chunk.k, "k", options_, chunk);
   state_->broken = true;  // should memory run out on the way
@@ -175,7 +185,7 @@ void SuffixMemory::feed_all(const Chunk<T>& chunk, std::size_t begin, std::size_
   const std::size_t block =
       std::max<std::size_t>(1, std::min<std::size_t>(64, 4096 / (end - begin + 1)));
   const std::size_t blocks = (lanes_.size() + block - 1) / block;
-  parallel_for(blocks, [&](std::size_t b, unsigned) {
+  const auto feed_block = [&](std::size_t b, unsigned) {
     const std::size_t first = b * block, last = std::min(lanes_.size(), first + block);
     if (block == 1) return feed(first, chunk, begin, end);
     const auto compact = [&](std::size_t s) {
@@ -191,7 +201,8 @@ void SuffixMemory::feed_all(const Chunk<T>& chunk, std::size_t begin, std::size_
                          static_cast<u32>(chunk.k[a * chunk.n + begin]) & 15u);
       if (s >= first + 3 * kAhead) feed(s - 3 * kAhead, chunk, begin, end);
     }
-  });
+  };
+  parallel_for(blocks, std::ref(feed_block));  // by reference: a step allocates nothing
   for (std::size_t b = 0; b < options_.batch; ++b) {
     const u8* mask = chunk.mask ? chunk.mask + b * chunk.n : nullptr;
     lengths_[b] += static_cast<i64>(end - begin);

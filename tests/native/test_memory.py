@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from rosakit import native
 from rosakit.errors import CheckpointError, InvalidInputError, InvalidTypeError
 from rosakit.native import SuffixMemory
+from rosakit.types import Match
 
 from .streams import FAMILIES, draw
 
@@ -225,6 +227,104 @@ def test_padding_may_hold_any_symbol():
     x = np.array([[[255, 1, 1]]], np.uint8)
     found = memory.extend(x, x, mask=np.array([[False, True, True]]))
     assert found.position.tolist() == [[[-1, -1, 1]]]
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("bits", [4, 8, 12])
+def test_steps_into_the_callers_arrays_equal_the_whole(kind, bits):
+    dtype = np.uint8 if bits <= 8 else np.uint16
+    q, k = (x.astype(dtype) for x in pair(90, routes=3, batch=2, bits=bits))
+    position, length, _ = native.match(q, k)
+    memory = SuffixMemory(2, 3, bits=bits)
+    wrap = torch.from_numpy if kind == "torch" else lambda x: x
+    out = Match(*(wrap(np.full((2, 3), 77, np.int32)) for _ in range(2)))
+    for i in range(90):
+        step = [wrap(np.ascontiguousarray(x[..., i])) for x in (q, k)]
+        assert memory.step(*step, out=out) is out
+        np.testing.assert_array_equal(np.asarray(out.position), position[..., i])
+        np.testing.assert_array_equal(np.asarray(out.length), length[..., i])
+    fresh = memory.step(*step)
+    assert type(fresh.position) is type(step[0])
+    memory.rollback(1)
+    again = memory.step(*step, out=(out.position, out.length))
+    np.testing.assert_array_equal(np.asarray(fresh.position), np.asarray(again.position))
+
+
+def test_a_masked_row_takes_no_step():
+    q, k = pair(20, batch=2)
+    memory = fed(q[..., :19], k[..., :19])
+    found = memory.step(q[..., 19].copy(), k[..., 19].copy(), mask=np.array([True, False]))
+    assert memory.lengths.tolist() == [20, 19]
+    assert (found.position[1] == -1).all()
+    np.testing.assert_array_equal(found.position[0], native.match(q, k)[0][0, :, 19])
+
+
+def test_a_step_allocates_nothing():
+    q, k = (np.ascontiguousarray(x[..., 0]) for x in pair(1, routes=64))
+    memory = SuffixMemory(1, 64, bits=4)
+    out = Match(np.empty((1, 64), np.int32), np.empty((1, 64), np.int32))
+    memory.step(q, k, out=out)
+    tracemalloc.start()
+    for _ in range(50):
+        memory.step(q, k, out=out)
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert grown < 1000
+
+
+def test_wrong_steps_say_what_is_wrong():
+    memory = SuffixMemory(1, 2, bits=4)
+    x = np.zeros((1, 2), np.uint8)
+    out = Match(np.empty((1, 2), np.int32), np.empty((1, 2), np.int32))
+    with pytest.raises(InvalidTypeError, match="int64"):
+        memory.step(x, x, out=(out.position.astype(np.int64), out.length))
+    with pytest.raises(InvalidTypeError, match="C-contiguous"):
+        memory.step(x[..., None], x[..., None], out=out)
+    with pytest.raises(InvalidTypeError, match="list"):
+        memory.step([[1, 2]], x, out=out)
+    with pytest.raises(InvalidInputError, match=r"shape \[B, R\]"):
+        memory.step(np.zeros((1, 3), np.uint8), np.zeros((1, 3), np.uint8), out=out)
+    with pytest.raises(InvalidInputError, match=r"\[0, 16\)"):
+        memory.step(x + 99, x, out=out)
+    assert memory.lengths.tolist() == [0]
+
+
+@pytest.mark.parametrize("symbols", [(0, 0), (5, 5), (3, 9)])
+@pytest.mark.parametrize("switch", [3, 33, 400])
+def test_constant_streams_take_no_state_until_they_change(symbols, switch):
+    q, k = pair(switch + 60, family="noisy")
+    q[..., :switch], k[..., :switch] = symbols
+    memory = fed(q[..., :switch], k[..., :switch])
+    assert memory.nbytes < 2 * 6000
+    twin = memory.fork()
+    position, length, _ = native.match(q[..., :switch], k[..., :switch])
+    again = SuffixMemory(1, 2, bits=4).extend(q[..., :switch], k[..., :switch])
+    np.testing.assert_array_equal(again.position, position)
+    np.testing.assert_array_equal(again.length, length)
+    assert_continues_like(memory, q, k)
+    memory.truncate(switch // 2)
+    assert_continues_like(memory, q, k)
+    twin = pickle.loads(pickle.dumps(twin))
+    assert_continues_like(twin, q, k)
+
+
+@pytest.mark.parametrize("family", ["constant", "period3", "blocks", "copied", "noisy"])
+def test_speculation_taken_back_leaves_no_trace(family):
+    q, k = pair(300, family=family)
+    other_q, other_k = pair(300, family="random", seed=4)
+    memory = SuffixMemory(1, 2, bits=4)
+    position, length, _ = native.match(q, k)
+    rng = np.random.default_rng(0)
+    done = 0
+    while done < 300:
+        n = int(rng.integers(1, 24))
+        memory.extend(other_q[..., :n], other_k[..., :n])
+        memory.rollback(n)
+        n = min(int(rng.integers(1, 24)), 300 - done)
+        found = memory.extend(q[..., done : done + n], k[..., done : done + n])
+        np.testing.assert_array_equal(found.position, position[..., done : done + n])
+        np.testing.assert_array_equal(found.length, length[..., done : done + n])
+        done += n
 
 
 def test_context_manager_releases_what_it_held():

@@ -196,6 +196,56 @@ class SuffixMemory:
         arrays: Any = position, length  # of the caller's own kind; Match is typed for tensors
         return Match(*arrays)
 
+    def step(
+        self,
+        q: Array | Tensor,
+        k: Array | Tensor,
+        *,
+        mask: Array | Tensor | None = None,
+        out: Match | tuple[Any, Any] | None = None,
+    ) -> Match:
+        """`extend` by one position of every stream: decoding, without an allocation.
+
+        Args:
+            q: query symbols ``[B, R]``, C-contiguous numpy array or CPU tensor; uint8, uint16 or
+                int32.
+            k: key symbols, the same shape, type and kind.
+            mask: ``[B]``, False where a row takes no step.
+            out: (position, length) to write to, int32 ``[B, R]``, C-contiguous, of the same kind;
+                returned as it is. None makes new ones.
+
+        Returns:
+            `Match` of position and length, ``[B, R]``.
+
+        Raises:
+            InvalidTypeError: wrong dtype, kind or memory layout.
+            InvalidInputError: wrong shape, symbols out of range; the memory is unchanged.
+
+        Example:
+            >>> out = Match(*np.empty((2, 1, 512), np.int32))
+            >>> for q, k in symbols:
+            ...     memory.step(q, k, out=out)
+        """
+        if out is None:
+            shape = tuple(q.shape)
+            made: Any = (
+                (torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.int32))
+                if isinstance(q, Tensor)
+                else (np.empty(shape, np.int32), np.empty(shape, np.int32))
+            )
+            out = Match(*made)
+        elif not isinstance(out, Match):
+            out = Match(*out)
+        if mask is not None:
+            mask = np.ascontiguousarray(_as_array(mask, "mask"), dtype=np.uint8)
+        try:
+            self._state.step(q, k, mask, out.position, out.length)
+        except TypeError:
+            raise InvalidTypeError(_step_fault(q, k, out)) from None
+        except ValueError as error:
+            raise InvalidInputError(str(error)) from None
+        return out
+
     def _check_candidates(self, candidates: int, q: Array, k: Array) -> None:
         if not 1 <= candidates <= 1024:
             raise InvalidInputError(f"candidates must be between 1 and 1024, got {candidates}")
@@ -310,6 +360,21 @@ class SuffixMemory:
         traceback: TracebackType | None,
     ) -> None:
         self.reset()
+
+
+def _step_fault(q: Any, k: Any, out: Match) -> str:
+    """Why the core did not take a step's arrays."""
+    for name, x in (("q", q), ("k", k), ("out.position", out.position), ("out.length", out.length)):
+        if not isinstance(x, Tensor | np.ndarray):
+            return f"{name} is a {type(x).__name__}; expected a numpy array or a CPU tensor"
+        contiguous = x.is_contiguous() if isinstance(x, Tensor) else x.flags.c_contiguous
+        if x.ndim != 2 or not contiguous:
+            return f"{name} has shape {tuple(x.shape)}; a step takes C-contiguous [B, R] arrays"
+    dtypes = ", ".join(str(x.dtype) for x in (q, k, out.position, out.length))
+    return (
+        f"q, k, out.position, out.length are {dtypes}; symbols are uint8, uint16 or int32, of one "
+        "dtype, and results int32, all on the CPU"
+    )
 
 
 def _as_array(x: Any, name: str) -> Array:
