@@ -68,6 +68,7 @@ def match(
     shared: bool = True,
     narrow: bool = False,
     warp_search: int = 24,
+    near: int = matcher.NEAR,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`rosakit.cuda.match` of symbols ``[B, R, T]``; not `shared`: everything in global memory,
     as wide symbols always are.
@@ -100,7 +101,9 @@ def match(
     shift = matcher.plan(length, flips, 232448).super_shift
     numbers: list[Any] = [batch * routes, routes, length]
     numbers += [0xFFFFFFFF if max_length is None else max_length, min_length, shift]
-    numbers += [min_depth, max_depth, min(2, batch * routes)]
+    numbers += [min_depth, max_depth]
+    numbers += [] if granularity == "run" else [near]
+    numbers.append(min(2, batch * routes))
     if granularity == "run":
         numbers.append(int(successor == "strict"))
     arrays = (q, k, segment_starts, position, sizes, flipped)

@@ -41,33 +41,24 @@ class Emulated:
         return self.count
 
     def forward(self, q, k, w, starts, seed, top, total, out, form):
-        per_lane = attend.diagonals(q.shape[2], w.shape[2], backward=False)
-        self._call(
-            "emulate_forward",
-            (q, k, w, per_lane, form),
-            (q, attend.permuted(k, per_lane), attend.permuted(w, per_lane), starts, seed),
-            (top, total, out),
-        )
+        self._call(False, (q, k, w), (starts, seed, top, total, out), form)
 
     def backward(self, grad, q, k, w, lse, delta, starts, seed, gradients, form):
-        per_lane = attend.diagonals(q.shape[2], w.shape[2], backward=True)
         marks = torch.full((attend.marks_size(q, w, self.count, form),), float("nan"))
-        self._call(
-            "emulate_backward",
-            (q, k, w, per_lane, form),
-            (q, attend.permuted(k, per_lane), attend.permuted(w, per_lane)),
-            (grad, lse.contiguous(), delta.contiguous(), starts, seed, *gradients, marks),
-        )
+        rest = (grad, lse.contiguous(), delta.contiguous(), starts, seed, *gradients, marks)
+        self._call(True, (q, k, w), rest, form)
 
-    def _call(self, name, sizes, tables, rest):
-        q, _, w, per_lane, form = sizes
-        library = emulated.build("attend", **attend.macros(q.shape[2], w.shape[2], per_lane, form))
-        kept = [None if x is None else x.contiguous() for x in (*tables, *rest)]
-        for given, used in zip(rest, kept[len(tables) :], strict=True):
-            assert given is None or given.data_ptr() == used.data_ptr()
+    def _call(self, backward, tables, rest, form):
+        q, k, w = tables
+        sizes = q.shape[2], w.shape[2]
+        per_lane = attend.diagonals(*sizes, backward=backward)
+        library = emulated.build("attend", **attend.macros(*sizes, form, backward=backward))
+        kept = [q.contiguous(), attend.permuted(k, per_lane), attend.permuted(w, per_lane), *rest]
+        assert all(x is None or x.is_contiguous() for x in kept)
         numbers = [kind(value) for value, kind in attend.numbers(form, self.count)]
         programs = ctypes.c_uint(q.shape[0] * self.count)
-        getattr(library, name)(*map(emulated._pointer, kept), programs, *numbers)
+        call = library.emulate_backward if backward else library.emulate_forward
+        call(*map(emulated._pointer, kept), programs, *numbers)
 
 
 @pytest.mark.parametrize("name", [*CASES, *LONG])

@@ -21,6 +21,8 @@ MAX_POSITIONS = 1 << 19
 # Levels that every stream gets, and the most before the walk takes over (see docs/decisions).
 MIN_DEPTH = 3
 MAX_DEPTH = 32
+# Candidates a position, on average, below which single threads finish what is left of a route.
+NEAR = 3
 
 
 @dataclass(frozen=True)
@@ -160,12 +162,14 @@ def match(
     counterfactual_bits: int = 0,
     min_depth: int = MIN_DEPTH,
     max_depth: int = MAX_DEPTH,
+    near: int = NEAR,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The exact suffix match on the GPU; see `rosakit.cuda.match`.
 
     Args:
         min_depth, max_depth: levels before the walk, for tests and tuning; results do not depend
             on them.
+        near: candidates a position at which the levels stop; as little.
     """
     batch, routes, length = q.shape
     position = torch.empty((batch, routes, length), dtype=torch.int32, device=q.device)
@@ -179,8 +183,7 @@ def match(
         min_depth,
         max_depth,
     ]
-    if granularity == "run":
-        numbers.append(int(successor == "strict"))
+    numbers.append(int(successor == "strict") if granularity == "run" else near)
     if position.numel():
         with torch.cuda.device(q.device):
             _launch(q, k, segment_starts, (position, sizes, flipped), granularity, numbers)

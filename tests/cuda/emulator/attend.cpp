@@ -2,6 +2,7 @@
 #include "emulator.hpp"
 #include "attend.cu"
 
+#if !BACKWARD
 extern "C" void emulate_forward(const float* q, const float* k, const float* w, const int* starts,
                                 const i64* seed, float* top, float* sum, float* out,
                                 unsigned programs, int T, int length, int routes, int workers,
@@ -13,6 +14,7 @@ extern "C" void emulate_forward(const float* q, const float* k, const float* w, 
   });
 }
 
+#else
 extern "C" void emulate_backward(const float* q, const float* k, const float* w, const float* g,
                                  const float* lse, const float* delta, const int* starts,
                                  const i64* seed, float* dq, float* dk, float* dw, float* marks,
@@ -24,3 +26,4 @@ extern "C" void emulate_backward(const float* q, const float* k, const float* w,
                     workers, slope, bias, sharp, cap, threshold, inverse);
   });
 }
+#endif

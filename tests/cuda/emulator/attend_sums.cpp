@@ -10,6 +10,8 @@
 #define CAPPED 0
 #define PACKED 0
 #define DROPOUT 0
+#define RESIDENT 1
+#define BACKWARD 0
 #include "attend.cu"
 
 extern "C" void emulate_sums(const float* values, float* sums, int* slots) {

@@ -33,6 +33,7 @@ struct Control {          // in shared memory, one a block
   u32 totals[16];
   u32 alive;              // chains alive after the level
   u32 drop;               // sum over chains of log2 of how much their range shrank
+  u32 spread;             // sum over chains of the size of their range, at most MANY each
   u32 used;               // bits that any symbol of the route has set
   u32 next;               // work counter of the walk
   u32 pending;            // runs that wait for a search by the whole block
@@ -59,6 +60,9 @@ __device__ __forceinline__ bool same_segment(const Route& r, u32 first, u32 t) {
   const int start = r.segment[t];
   return start >= 0 && start <= (int)first;
 }
+
+constexpr u32 FEW = 12;   // entries of a range that one thread looks at
+constexpr u32 MANY = 64;
 
 template <int SB>
 struct Matcher {
@@ -129,6 +133,8 @@ struct Matcher {
     }
   }
 
+  // Flips need chains that have died out, so that only few searches are left for them.
+  static constexpr bool NEAR = CF == 0 && SB == 4;
   static constexpr bool ONCE = CF > 0 && SB == 4 && !ENTRIES_SHARED;
   struct alignas(CF % 4 == 0 ? 16 : CF % 2 == 0 ? 8 : 4) Flips {
     int at[CF ? CF : 1];
@@ -185,7 +191,7 @@ struct Matcher {
   // digits the entries before are gone, and every level writes over the shallower one's result.)
   __device__ void step_chains(u32 d, const Index* before) {
     constexpr bool EAGER = SB != 4;
-    u32 alive = 0, drop = 0;
+    u32 alive = 0, drop = 0, spread = 0;
     const u32 T = route.T, lane = lane_id(), warp = warp_id();
     const bool keep = d + 1 >= route.min_length;
     const u32 share = ((T + 31) / 32 + warp_count() - 1) / warp_count() * 32;
@@ -223,6 +229,7 @@ struct Matcher {
           if (now) {
             ++alive;
             drop -= 32 - __clz(b[0] - a[0]);
+            spread += min(b[0] - a[0], MANY);
             chains.put(c, {a[0], b[0]});
             if (EAGER && keep) {
               route.position[t] = (int)entries[b[0] - 1];
@@ -238,7 +245,10 @@ struct Matcher {
         if (ONCE && d && c == 0) settle(d - 1, before);  // no chain starts to the left of it
         if (c < end && !now) {
           if (was || d == 0) chains.kill(c);
-          if (d == 0) route.position[c] = -1, route.length[c] = 0;
+        }
+        // Written eagerly, a match shorter than min_length would otherwise never be.
+        if (d == 0 && c < end && (!now || (EAGER && !keep))) {
+          route.position[c] = -1, route.length[c] = 0;
         }
         const u32 word = __ballot_sync(FULL, now);
         if (!EAGER && d) {
@@ -256,8 +266,10 @@ struct Matcher {
     for (int step = 16; step; step /= 2) {
       alive += __shfl_xor_sync(FULL, alive, step);
       drop += __shfl_xor_sync(FULL, drop, step);
+      spread += __shfl_xor_sync(FULL, spread, step);
     }
     if (lane == 0) {
+      atomicAdd(&control->spread, spread);
       atomicAdd(&control->alive, alive);
       atomicAdd(&control->drop, drop);
     }
@@ -380,13 +392,35 @@ struct Matcher {
   // An older match of the same length may go on where the latest one ends: one more than l.
   __device__ __forceinline__ u32 longer(u32 l) const { return l < route.max_length ? l + 1 : l; }
 
+  // The result of the position that chain c has come to, if no candidate agrees for a word of
+  // symbols more than the levels have shown: one thread, one comparison a candidate.
+  __device__ __forceinline__ bool settle_near(u32 c, Chain s, u32 depth) const {
+    constexpr u32 W = Symbols<SB>::PER_WORD;
+    const u32 i = c + depth - 1, first = route.segment ? (u32)route.segment[i] : 0;
+    const u32 mine = q.window(c);
+    u32 best = 0, best_entry = 0;
+    for (u32 at = s.b; at-- > s.a;) {
+      const u32 entry = entries[at];
+      const u32 limit = min(route.max_length, entry - first);
+      const u32 differ = mine ^ k.window(entry - depth);
+      const u32 size = depth + (differ ? __clz(differ) / SB : W);
+      if (size == depth + W && size < limit) return false;
+      if (min(size, limit) > best) best = min(size, limit), best_entry = entry;
+    }
+    route.position[i] = (int)best_entry;
+    route.length[i] = (int)best;
+    return true;
+  }
+
   __device__ void walk_all(u32 depth) {
     const u32 lane = lane_id(), words = (route.T + 31) / 32;
     Index* pending = spare;  // positions before a search for the whole block
     for (u32 w = warp_id(); w < words; w += warp_count()) {
       const u32 c = w * 32 + lane;
       const Chain s = c < route.T ? chains.get(c) : Chain{0, 0};
-      const u32 word = __ballot_sync(FULL, s.b > s.a);
+      bool left = s.b > s.a;
+      if (NEAR && left && s.b - s.a <= FEW) left = !settle_near(c, s, depth);
+      const u32 word = __ballot_sync(FULL, left);
       if (lane == 0) alive_words[w] = word;
     }
     if (threadIdx.x == 0) control->next = control->pending = 0, alive_words[words] = 0;
@@ -398,6 +432,15 @@ struct Matcher {
       u32 starts = word & ~(word << 1 | (w ? alive_words[w - 1] >> 31 : 0));
       while (starts) {
         const u32 c = w * 32 + __ffs(starts) - 1, i = c + depth - 1;
+        if (NEAR && c && same_segment(route, c - 1, i)) {
+          const Chain before = chains.get(c - 1);
+          if (before.b > before.a) {  // settled: the match goes on from there
+            postpone(walk(i - 1, (u32)route.position[i - 1], (u32)route.length[i - 1], depth),
+                     pending);
+            starts &= starts - 1;
+            continue;
+          }
+        }
         const u32 p = entries[chains.get(c).b - 1];
         if (lane == 0) route.position[i] = (int)p, route.length[i] = (int)depth;
         postpone(walk(i, p, depth, depth), pending);
@@ -491,17 +534,18 @@ struct Matcher {
     __syncthreads();
   }
 
-  __device__ void run(u32 min_depth, u32 max_depth) {
+  __device__ void run(u32 min_depth, u32 max_depth, u32 near) {
     const u32 T = route.T;
-    u32 depth = 0, alive, drop;
+    u32 depth = 0, alive, drop, spread;
     do {
-      if (threadIdx.x == 0) control->alive = 0, control->drop = 0;
+      if (threadIdx.x == 0) control->alive = 0, control->drop = 0, control->spread = 0;
       const Index* before = entries;
       advance(depth);
       step_chains(depth, before);
       __syncthreads();
       alive = control->alive;
       drop = control->drop;
+      spread = control->spread;
       ++depth;
       __syncthreads();
       if (alive == 0) break;
@@ -509,6 +553,7 @@ struct Matcher {
         if (SB == 4) write_capped(depth);
         break;
       }
+      if (NEAR && spread <= near * T && depth >= min_depth) break;
     } while (depth < min_depth || (depth < max_depth && drop * 4 > T));
     settle_all();
     if (alive == 0 || depth >= route.max_length) return;
@@ -579,7 +624,8 @@ struct Workspace {
 
 template <int SB>
 __device__ void solve(const Workspace& w, const Route& route, const Symbol* q,
-                      const Symbol* k, u32 used, u32 super_shift, u32 min_depth, u32 max_depth) {
+                      const Symbol* k, u32 used, u32 super_shift, u32 min_depth, u32 max_depth,
+                      u32 near) {
   const u32 blocks = (route.T + 63) / 64;
   u32* q_words = (u32*)w.q_words[SB != 4];
   u32* k_words = (u32*)w.k_words[SB != 4];
@@ -606,7 +652,7 @@ __device__ void solve(const Workspace& w, const Route& route, const Symbol* q,
   m.control = w.control;
   m.blocks = blocks;
   __syncthreads();
-  m.run(min_depth, max_depth);
+  m.run(min_depth, max_depth, near);
   __syncthreads();
 }
 
@@ -616,7 +662,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 suffix_match(const Symbol* __restrict__ q, const Symbol* __restrict__ k, const int* __restrict__ segments,
              int* position, int* length, int* flipped, u8* scratch, size_t scratch_stride,
              u32 routes, u32 routes_per_row, u32 T, u32 max_length, u32 min_length, u32 super_shift,
-             u32 min_depth, u32 max_depth) {
+             u32 min_depth, u32 max_depth, u32 near) {
 #ifdef ROSAKIT_EMULATE
   u8* shared = emulated_shared();
 #else
@@ -638,12 +684,12 @@ suffix_match(const Symbol* __restrict__ q, const Symbol* __restrict__ k, const i
     __syncthreads();
     used = w.control->used;
 #if WIDE
-    solve<32>(w, route, q + offset, k + offset, used, super_shift, min_depth, max_depth);
+    solve<32>(w, route, q + offset, k + offset, used, super_shift, min_depth, max_depth, near);
 #else
     if (CF > 4 || used >= 16) {
-      solve<8>(w, route, q + offset, k + offset, used, super_shift, min_depth, max_depth);
+      solve<8>(w, route, q + offset, k + offset, used, super_shift, min_depth, max_depth, near);
     } else {
-      solve<4>(w, route, q + offset, k + offset, used, super_shift, min_depth, max_depth);
+      solve<4>(w, route, q + offset, k + offset, used, super_shift, min_depth, max_depth, near);
     }
 #endif
   }
