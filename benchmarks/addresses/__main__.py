@@ -1,24 +1,28 @@
 """Ablation of addresses on a frozen model: which retrieved channel closes how much of the gap.
 
     python -m benchmarks.addresses --model SmolLM2-135M-Instruct.Q4_1.gguf --output out \
-        --variants control token hash hash-refined ceiling --seeds 0 1 2 --tokens 4700000
-    python -m benchmarks.addresses.table out/*.json --json docs/results/addresses.json
+        --variants control token hash hash-refined ceiling --seeds 0 1 2 --tokens 1000000
+    python -m benchmarks.addresses.table out --json docs/results/addresses.json
 
-Every variant runs in a process of its own, several at a time on each GPU.
+Adapters sit in the upper layers; what enters those is computed once (`halves`). Several processes
+share each GPU, and each trains one variant and seed after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import subprocess
 import sys
 import time
+import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.addresses.variants import LAYERS, VARIANTS
+from benchmarks.addresses.variants import CUT, LAYERS, VARIANTS
 
 
 def main() -> None:
@@ -27,57 +31,64 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--tokens", type=int, default=4_700_000)
+    parser.add_argument("--extras", nargs="*", default=[], help="variants of the first seed only")
+    parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--heldout", type=int, default=96, help="held-out blocks")
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--sinks", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--cut", type=int, default=CUT, help="lowest layer that is trained in")
     parser.add_argument("--layers", type=int, nargs="+", default=list(LAYERS))
-    parser.add_argument("--parallel", type=int, default=4, help="processes a GPU")
-    parser.add_argument("--seconds", type=float, default=1e9, help="wall-clock budget")
+    parser.add_argument("--workers", type=int, default=4, help="processes")
+    parser.add_argument("--seconds", type=float, default=1e9, help="no run begins that ends later")
     parser.add_argument("--packages", nargs="*", default=["torch", "transformers"])
-    parser.add_argument("--cache", type=Path, help="folder for blocks and a copy of the model")
-    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--cache", type=Path, help="folder for blocks, model and hidden states")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--began", type=float, default=time.time(), help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     options.cache = options.cache or options.output / "cache"
     options.cache.mkdir(parents=True, exist_ok=True)
-    if options.one:
-        run_one(options)
+    if options.part is None:
+        conduct(options)
+    elif options.part in ("windowed", "full"):
+        compute(options)
     else:
-        run_all(options)
+        work(options, int(options.part))
 
 
-def run_all(options: argparse.Namespace) -> None:
-    began = time.time()
-    prepare(options)
-    print(f"prepared in {time.time() - began:.0f} s", flush=True)
-    jobs = [(name, seed) for seed in options.seeds for name in options.variants]
-    gpus = max(1, torch.cuda.device_count())
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-    running: dict[int, tuple[subprocess.Popen[bytes], str]] = {}
-    deadline = began + options.seconds
-    while jobs or running:
-        for place in range(gpus * options.parallel):
-            if place in running and running[place][0].poll() is not None:
-                process, name = running.pop(place)
-                print(f"{name}: exit {process.returncode}", flush=True)
-            if place not in running and jobs and time.time() < deadline:
-                name, seed = jobs.pop(0)
-                environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible[place % gpus]}
-                command = [sys.executable, "-m", "benchmarks.addresses", *sys.argv[1:]]
-                # What remains is shared by the jobs that wait for this place.
-                waves = 1 + (len(jobs) // (gpus * options.parallel))
-                share = (deadline - time.time()) / waves
-                command += ["--one", name, str(seed), "--seconds", str(share)]
-                process = subprocess.Popen(command, env=environment)
-                running[place] = process, f"{name} {seed}"
-        if time.time() >= deadline and not running:
-            break
-        time.sleep(0.5)
-    if jobs:
-        print(f"out of time before {jobs}", flush=True)
+def conduct(options: argparse.Namespace) -> None:
+    """Start all processes; each waits for what it needs."""
+    for pattern in ("*.ready", "*.claim"):
+        for flag in options.cache.glob(pattern):
+            flag.unlink()
+    runs = runs_of(options)
+    parts = ["windowed", *(["full"] if any(n == "ceiling" for n, _ in runs) else [])]
+    parts += [str(worker) for worker in range(options.workers)]
+    command = [sys.executable, "-m", "benchmarks.addresses", *sys.argv[1:]]
+    command += ["--began", str(options.began), "--part"]
+    # They import what they need while the model is prepared.
+    running = [subprocess.Popen([*command, part]) for part in parts]
+    try:
+        prepare(options)
+    except BaseException:
+        for process in running:
+            process.kill()
+        raise
+    (options.cache / "prepared.ready").touch()
+    print(f"prepared in {time.time() - options.began:.0f} s", flush=True)
+    codes = {part: process.wait() for part, process in zip(parts, running, strict=True)}
+    print(f"exit codes {codes} after {time.time() - options.began:.0f} s", flush=True)
+
+
+def runs_of(options: argparse.Namespace) -> list[tuple[str, int]]:
+    """Variants and seeds in the order of their importance."""
+    first, *others = options.seeds
+    runs = [(name, first) for name in options.variants]
+    runs += [(name, seed) for seed in others for name in options.variants]
+    return runs + [(name, first) for name in options.extras]
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -85,53 +96,94 @@ def prepare(options: argparse.Namespace) -> None:
     from benchmarks.addresses.data import blocks_of_code
     from rosakit.tuning.sources import load_model
 
-    blocks, copy = options.cache / "blocks.pt", options.cache / "model"
-    if blocks.exists() and copy.exists():
-        return
+    blocks, model_file = options.cache / "blocks.pt", options.cache / "model.pt"
     model, tokenizer = load_model(options.model, dtype="bfloat16", device="cpu")
     model.config.quantization_config = None
-    if hasattr(model, "hf_quantizer"):
-        model.hf_quantizer = None
-    model.save_pretrained(copy)
-    found = blocks_of_code(
-        tokenizer,
-        length=options.length,
-        train=-(-options.tokens // options.length),
-        heldout=options.heldout,
-        packages=options.packages,
-    )
-    torch.save(found, blocks)
-    print({part: tuple(found[part].shape) for part in ("train", "heldout")}, flush=True)
+    torch.save(model, model_file)
+    if not blocks.exists():
+        found = blocks_of_code(
+            tokenizer,
+            length=options.length,
+            train=options.tokens // options.length,
+            heldout=options.heldout,
+            packages=options.packages,
+        )
+        torch.save(found, blocks)
 
 
-def run_one(options: argparse.Namespace) -> None:
-    began = time.time()
-    from transformers import AutoModelForCausalLM
-
-    from benchmarks.addresses.train import train_variant
-
-    torch.set_num_threads(1)
+def load(options: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.set_float32_matmul_precision("high")
-    name, seed = options.one[0], int(options.one[1])
-    cuda = torch.cuda.is_available()
+    wait_for(options, "prepared")
     blocks = torch.load(options.cache / "blocks.pt")
-    model = AutoModelForCausalLM.from_pretrained(
-        options.cache / "model", dtype=torch.bfloat16 if cuda else torch.float32
+    model = torch.load(options.cache / "model.pt", weights_only=False)
+    cuda = torch.cuda.is_available()
+    model.to("cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32)
+    return model.eval().requires_grad_(False), blocks
+
+
+def wait_for(options: argparse.Namespace, what: str) -> None:
+    while not (options.cache / f"{what}.ready").exists():
+        time.sleep(0.2)
+
+
+def compute(options: argparse.Namespace) -> None:
+    """What enters the upper layers, with windowed or full attention below."""
+    from benchmarks.addresses.halves import compute_hidden
+
+    model, blocks = load(options)
+    window = options.window if options.part == "windowed" else None
+    for part in ("train", "heldout"):
+        path = options.cache / f"{options.part}-{part}.bin"
+        compute_hidden(
+            model, blocks[part], path, cut=options.cut, window=window, sinks=options.sinks
+        )
+    (options.cache / f"{options.part}.ready").touch()
+    print(f"{options.part} after {time.time() - options.began:.0f} s", flush=True)
+
+
+def work(options: argparse.Namespace, worker: int) -> None:
+    """One run after the other that no other worker has begun, as long as there is time."""
+    from benchmarks.addresses.halves import Given, open_hidden, upper_half
+    from benchmarks.addresses.train import Plan, Text, train_variant
+
+    model, blocks = load(options)
+    parameter = next(model.parameters())
+    plan = Plan(
+        options.tokens,
+        options.batch,
+        options.lr,
+        tuple(layer - options.cut for layer in options.layers),
+        options.window,
+        options.sinks,
     )
-    model.to("cuda" if cuda else "cpu").eval().requires_grad_(False)
-    train_variant(
-        model,
-        blocks,
-        name,
-        seed=seed,
-        tokens=options.tokens,
-        batch=options.batch,
-        lr=options.lr,
-        layers=tuple(options.layers),
-        window=options.window,
-        seconds=0.85 * options.seconds - (time.time() - began),
-        output=options.output / f"{name}-{seed}.json",
-    )
+    upper = upper_half(model, options.cut)
+    del model
+    longest = 0.0
+    for name, seed in runs_of(options):
+        if time.time() - options.began + longest > options.seconds:
+            print(f"worker {worker}: no time for {name} {seed}", flush=True)
+            break
+        try:
+            (options.cache / f"{name}-{seed}.claim").touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        kind = "full" if name == "ceiling" else "windowed"
+        wait_for(options, kind)
+        began = time.time()
+        fresh = copy.deepcopy(upper)
+        width = fresh.config.hidden_size
+        texts = []
+        for part in ("train", "heldout"):
+            path = options.cache / f"{kind}-{part}.bin"
+            hidden = open_hidden(path, blocks[part], width, parameter.dtype)
+            given = Given.of(fresh)
+            texts.append(Text(blocks[part], partial(given.take, hidden, parameter.device)))
+        try:
+            train_variant(fresh, *texts, name, seed, plan, options.output / f"{name}-{seed}.json")
+        except Exception:
+            traceback.print_exc()
+        longest = max(longest, time.time() - began)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-LAYERS = (4, 8, 12, 16, 20, 23, 26, 29)
+CUT = 20
+LAYERS = (20, 22, 24, 26, 28, 29)
 TIERS = (1, 2, 4, 8)
 ORDERS = (1, 2, 3, 4, 6, 8)
 
@@ -84,6 +85,11 @@ VARIANTS: dict[str, Variant] = {
         LEARNED,
         TAUGHT | {"address_loss": "teacher"},
     ),
+    "learned-next-2": Variant(
+        "… and at least two symbols alike",
+        LEARNED | {"shared_qk": True, "min_length": 2},
+        TAUGHT | {"address_loss": "next_token"},
+    ),
     "learned-suffix-attention": Variant(
         "learned, 8 bits, suffix_attention",
         LEARNED | {"estimator": "suffix_attention"},
@@ -92,7 +98,7 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def rosa_fields(name: str, layers: tuple[int, ...], window: int) -> dict[str, Any]:
+def rosa_fields(name: str, layers: tuple[int, ...], window: int, sinks: int) -> dict[str, Any]:
     """Fields of the `RosaConfig` of a variant."""
-    shared = {"window": window, "sink_tokens": 8, "layers": layers, "own_value": True}
-    return shared | {"projection_rank": None} | VARIANTS[name].rosa
+    shared: dict[str, Any] = {"window": window, "sink_tokens": sinks, "layers": layers}
+    return shared | {"own_value": True, "projection_rank": None} | VARIANTS[name].rosa

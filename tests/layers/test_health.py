@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from rosakit.layers.health import Thresholds, find_faults, warn_of_faults
+from rosakit.layers.health import FaultLog, Thresholds, find_faults
 from rosakit.ops import rosa
 
 
@@ -86,14 +86,31 @@ def test_padding_is_not_counted():
     assert find_faults(q, k, match, e0, e1, segment_starts=starts * 0 - 1, **options) == []
 
 
-def test_each_fault_of_a_layer_warns_once():
+def test_fixed_addresses_are_checked_without_codes():
     parts = layer()
-    parts["e0"] = parts["e1"]
+    parts["q"][..., :6], parts["k"][..., :6] = 1.0, -1.0
+    _, match = rosa(*parts.values(), bits=2, return_match=True)
+    found = find_faults(None, None, match, parts["e0"], parts["e0"], bits=2)
+    assert [f.name for f in found] == ["vanishing", "dead"]
+
+
+def test_a_log_warns_once_and_counts():
+    parts = layer()
     _, match = rosa(*parts.values(), bits=2, return_match=True)
     q, k, _, e0, e1 = parts.values()
-    faults = find_faults(q, k, match, e0, e1, bits=2)
-    with pytest.warns(RuntimeWarning, match=r"layers\.3: mean \|e1 - e0\| is 0"):
-        warn_of_faults(faults, "layers.3")
+    ill = find_faults(q, k, match, e0, e0, bits=2)
+    well = find_faults(q, k, match, e0, e1, bits=2)
+    log = FaultLog()
+    expected = r"layer 3 \(and layer 5\): mean \|e1 - e0\| is 0"
+    with pytest.warns(RuntimeWarning, match=expected) as seen:
+        found = log.take({"layer 3": ill, "layer 4": well, "layer 5": ill, "layer 6": well})
+    assert len(seen) == 1
+    assert "weight decay" in str(seen[0].message)  # the remedy
+    assert found == {"faults": 0.5, "fault_vanishing": 0.5}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_faults(faults, "layers.3")
+        assert log.take({"layer 3": ill, "layer 4": well}) == found
+        assert log.take({"layer 3": well}) == {"faults": 0.0}
+        assert log.take({}) == {}
+    with pytest.warns(RuntimeWarning, match="layer 4"):
+        log.take({"layer 3": ill, "layer 4": ill})

@@ -136,7 +136,7 @@ def test_health_is_measured_when_asked_and_leaves_nothing_behind():
     loss(**batch())
     assert set(loss.health) == {
         *("match_rate", "null_rate", "match_length", "key_token", "next_token", "beyond_window"),
-        *("flip_change", "entropy", "entropy_worst", "levels", "qk_agreement"),
+        *("flip_change", "entropy", "entropy_worst", "levels", "qk_agreement", "faults"),
         *("candidate_rate", "hit_rate", "first_hit_rate", "gate"),
         *("route_match_length", "route_null_rate", "route_beyond_window"),
     }

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rosakit import symbols
 from rosakit.errors import InvalidInputError
 from rosakit.evaluate.scores import device_of, evaluating, score_labels
 from rosakit.layers import RosaAdapter, RosaContext, TokenCandidates
-from rosakit.layers.health import Fault, find_faults
 from rosakit.tuning.attach import adapters_of, config_of, controller_of, record_matches
-from rosakit.tuning.health import match_health, symbol_health, token_route_health
+from rosakit.tuning.health import layer_health, token_route_health
 from rosakit.types import Match
 
 __all__ = ["Inspection", "Trace", "inspect_text"]
@@ -77,7 +75,6 @@ class _Heard:
     """What hooks caught in the one forward pass."""
 
     contexts: list[RosaContext] = field(default_factory=list)
-    projected: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     candidates: TokenCandidates | None = None
     log_keep: Tensor | None = None
     log_copy: Tensor | None = None
@@ -137,15 +134,9 @@ def inspect_text(
     for index, match in sorted(context.matches.items()):
         place = f"layer {index}"
         traces += _layer_traces(place, match, routes)
-        health[place] = match_health(
-            match, row, window=config.window, granularity=config.granularity
-        )
-        q, k = (heard.projected.get((index, name)) for name in ("q", "k"))
-        if q is not None and k is not None:
-            health[place] |= symbol_health(symbols.pack(q, config.bits), config.bits)
-            found = _faults(adapters[index], q, k, match)
-            if found:
-                faults[place] = [fault.message for fault in found]
+        health[place], found = layer_health(adapters[index], context, window=config.window)
+        if found:
+            faults[place] = [fault.message for fault in found]
     base = [] if heard.base is None else [None, *heard.base.tolist()]
     return Inspection(
         pieces,
@@ -184,12 +175,6 @@ def _pieces(tokenizer: Any, text: str, limit: int) -> tuple[list[str], list[int]
 def _listening(model: Any, adapters: dict[int, RosaAdapter]) -> Iterator[_Heard]:
     heard, handles = _Heard(), []
 
-    def keep(index: int, name: str) -> Any:
-        def hook(module: Any, args: Any, output: Tensor) -> None:
-            heard.projected[index, name] = output.detach()
-
-        return hook
-
     def gated(route: Any, args: tuple[Tensor, Tensor, TokenCandidates], output: Tensor) -> None:
         hidden, logits, found = args
         work = logits.float()
@@ -200,15 +185,11 @@ def _listening(model: Any, adapters: dict[int, RosaAdapter]) -> Iterator[_Heard]
         assert ids is not None
         heard.base = score_labels(logits[:, :-1], ids[:, 1:]).log_prob[0]
 
-    for index, adapter in adapters.items():
-        for name, projection in (("q", adapter.q_proj), ("k", adapter.k_proj)):
-            if projection is not None:
-                handles.append(projection.register_forward_hook(keep(index, name)))
     route = controller_of(model).token_route
     if route is not None:
         handles.append(route.register_forward_hook(gated))
     try:
-        with record_matches(model) as heard.contexts:
+        with record_matches(model, keep_inputs=True) as heard.contexts:
             yield heard
     finally:
         for handle in handles:
@@ -252,7 +233,3 @@ def _layer_traces(place: str, match: Match, routes: int) -> Iterator[Trace]:
             length[route].tolist(),
             [1.0] * position.shape[1],
         )
-
-
-def _faults(adapter: RosaAdapter, q: Tensor, k: Tensor, match: Match) -> list[Fault]:
-    return find_faults(q, k, match, adapter.e0, adapter.e1, bits=adapter.bits)

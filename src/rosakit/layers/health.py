@@ -6,13 +6,14 @@ layer's symbols, matches and levels; `rosakit.tuning.health` has the numbers to 
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rosakit import symbols
-from rosakit.errors import warn_once
 from rosakit.types import Match
 
 
@@ -50,8 +51,8 @@ class Fault(NamedTuple):
 
 
 def find_faults(
-    q: Tensor,
-    k: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
     match: Match,
     e0: Tensor,
     e1: Tensor,
@@ -63,7 +64,8 @@ def find_faults(
     """The faults of one layer's retrieval on one batch.
 
     Args:
-        q, k: ``[B, T, C]``, real-valued, as they entered `rosa`.
+        q, k: ``[B, T, C]``, real-valued, as they entered `rosa`; None for addresses that nothing
+            trains.
         match: what it read, ``[B, R, T]``.
         e0, e1: ``[C]``.
         bits: bits per route.
@@ -74,9 +76,10 @@ def find_faults(
         The faults, worst kind first; empty for a healthy layer (or a batch of padding).
     """
     at = thresholds or Thresholds()
-    real = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
+    batch, _, length = match.position.shape
+    real = torch.ones((batch, length), dtype=torch.bool, device=match.position.device)
     if segment_starts is not None:
-        real = segment_starts.to(q.device) >= 0
+        real = segment_starts.to(real.device) >= 0
     count = int(real.sum())
     if not count:
         return []
@@ -93,6 +96,8 @@ def find_faults(
             )
         )
     for name, x in (("q", q), ("k", k)):
+        if x is None:
+            continue
         share = _collapsed(x, real, bits, at.collapsed)
         if share > at.routes:
             faults.append(
@@ -112,10 +117,13 @@ def find_faults(
             Fault(
                 "dead",
                 dead,
-                f"{dead:.0%} of the routes match at fewer than {at.dead:.0%} of the positions; use "
-                "fewer bits a route, a smaller min_length, or a tied start of q and k",
+                f"{dead:.0%} of the routes match at fewer than {at.dead:.0%} of the positions; "
+                "use fewer bits a route, a smaller min_length, shorter length_tiers or "
+                "hash_orders, or a tied start of q and k",
             )
         )
+    if q is None or k is None:
+        return faults
     agreement = float(((q > 0) == (k > 0))[real].float().mean())
     if agreement < at.agreement:
         faults.append(
@@ -130,20 +138,40 @@ def find_faults(
     return faults
 
 
-def warn_of_faults(faults: list[Fault], where: str) -> None:
-    """One warning for each kind of fault in each place, ever.
+class FaultLog:
+    """Warns of each kind of fault once a run, naming the layers, and counts them for a plot."""
 
-    Args:
-        where: names the layer, e.g. its module path.
-    """
-    seen = _seen.setdefault(where, set())
-    for fault in faults:
-        if fault.name not in seen:
-            seen.add(fault.name)
-            warn_once(f"rosakit, {where}: {fault.message}")
+    def __init__(self) -> None:
+        self._seen: set[tuple[str, str]] = set()
 
+    def take(self, faults: Mapping[str, Sequence[Fault]]) -> dict[str, float]:
+        """Take in what a step found.
 
-_seen: dict[str, set[str]] = {}
+        Args:
+            faults: the faults of each layer that was looked at, by the layer's name.
+
+        Returns:
+            `faults`, the share of layers with any, and ``fault_<kind>`` for each kind found:
+            the share of the layers that have it.
+        """
+        if not faults:
+            return {}
+        by_kind: dict[str, dict[str, Fault]] = {}
+        for place, found in faults.items():
+            for fault in found:
+                by_kind.setdefault(fault.name, {})[place] = fault
+        for kind, places in by_kind.items():
+            new = [place for place in places if (place, kind) not in self._seen]
+            if new:
+                self._seen.update((place, kind) for place in new)
+                others = f" (and {', '.join(new[1:])})" if len(new) > 1 else ""
+                warnings.warn(
+                    f"rosakit: {new[0]}{others}: {places[new[0]].message}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        out = {f"fault_{kind}": len(places) / len(faults) for kind, places in by_kind.items()}
+        return {"faults": sum(bool(found) for found in faults.values()) / len(faults)} | out
 
 
 def _collapsed(x: Tensor, real: Tensor, bits: int, limit: float) -> float:

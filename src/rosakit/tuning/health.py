@@ -12,10 +12,56 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from rosakit.layers import TokenCandidates
+from rosakit import symbols
+from rosakit.layers import RosaAdapter, RosaContext, TokenCandidates
+from rosakit.layers.health import Fault, find_faults
 from rosakit.types import Match
 
-__all__ = ["match_health", "mean_health", "symbol_health", "token_route_health"]
+__all__ = ["layer_health", "match_health", "mean_health", "symbol_health", "token_route_health"]
+
+
+@torch.no_grad()
+def layer_health(
+    adapter: RosaAdapter,
+    context: RosaContext,
+    *,
+    window: int | None = None,
+    whole: bool = True,
+) -> tuple[dict[str, float], list[Fault]]:
+    """One layer's retrieval in a recorded forward pass of whole sequences: numbers and faults.
+
+    Args:
+        adapter: the layer's adapter.
+        context: of a pass that was recorded with `keep_inputs`.
+        window: attention window in tokens, or None.
+        whole: this process holds the adapter's whole parameters; False looks at the match alone.
+
+    Returns:
+        What `match_health` and `symbol_health` say, `levels` (mean ``|e1 - e0|``) and
+        `qk_agreement` (share of equal bits of q and k), and the faults.
+    """
+    index, starts = adapter.layer_index, context.segment_starts
+    match, ids = context.matches[index], context.input_ids
+    values = {}
+    if ids is not None:
+        values = match_health(
+            match, ids, segment_starts=starts, window=window, granularity=adapter.granularity
+        )
+    if not whole:
+        return values, []
+    values["levels"] = float((adapter.e1 - adapter.e0).abs().float().mean())
+    q = k = None
+    if index in context.inputs:
+        q, k = adapter.addresses(context.inputs[index], context)
+        packed = symbols.pack(q, adapter.bits)
+        values |= symbol_health(packed, adapter.bits, segment_starts=starts)
+        batch, length = q.shape[:2]
+        real = _real(starts, batch, length, q.device)[..., None]
+        values["qk_agreement"] = _share((q > 0) == (k > 0), real.expand_as(q))
+    faults = find_faults(
+        q, k, match, adapter.e0, adapter.e1, bits=adapter.bits, segment_starts=starts
+    )
+    return values, faults
 
 
 def match_health(
@@ -73,26 +119,26 @@ def match_health(
 
 
 def symbol_health(
-    symbols: Tensor, bits: int, *, segment_starts: Tensor | None = None
+    stream: Tensor, bits: int, *, segment_starts: Tensor | None = None
 ) -> dict[str, float]:
     """Entropy of the symbols of each route in bits, at most `bits`.
 
     Args:
-        symbols: integer ``[B, R, T]``.
+        stream: integer symbols ``[B, R, T]``.
         bits: bits a symbol.
         segment_starts: int32 ``[B, T]`` or None.
 
     Returns:
         `entropy` (mean over routes) and `entropy_worst` (the lowest route).
     """
-    batch, routes, length = symbols.shape
-    real = _real(segment_starts, batch, length, symbols.device)
+    batch, routes, length = stream.shape
+    real = _real(segment_starts, batch, length, stream.device)
     total = int(real.sum())
     if not total:
         return {}
-    route = torch.arange(routes, device=symbols.device)[:, None] << bits
+    route = torch.arange(routes, device=stream.device)[:, None] << bits
     # [R, B * T] without padding, every route counted in its own range of bins.
-    flat = symbols.to(torch.int64).transpose(0, 1).flatten(1)[:, real.flatten()]
+    flat = stream.to(torch.int64).transpose(0, 1).flatten(1)[:, real.flatten()]
     counts = torch.bincount((flat + route).flatten(), minlength=routes << bits)
     p = counts.view(routes, -1).double() / total
     entropy = -(p * p.clamp(min=1e-300).log2()).sum(1)

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rosakit import symbols
 from rosakit.layers import RosaContext, TokenCandidates, TokenRoute
-from rosakit.layers.health import Fault, find_faults, warn_of_faults
+from rosakit.layers.health import Fault, FaultLog
 from rosakit.layers.token_route import mixed_log_prob
 from rosakit.tuning.attach import adapters_of, config_of, controller_of, is_attached
-from rosakit.tuning.health import match_health, mean_health, symbol_health, token_route_health
+from rosakit.tuning.health import layer_health, mean_health, token_route_health
 from rosakit.tuning.modules import decoder_of
 from rosakit.tuning.packing import IGNORE
 from rosakit.tuning.teaching import AddressTeacher
@@ -141,6 +140,7 @@ class LossModel(nn.Module):
         self._no_split_modules = list(getattr(model, "_no_split_modules", None) or [])
         self.teacher, self.teacher_weight = teacher, teacher_weight
         self.observe = False
+        self._faults = FaultLog()
         self.health: dict[str, float] = {}
 
     def forward(
@@ -168,9 +168,8 @@ class LossModel(nn.Module):
             nll, found, log_keep = self._nll(input_ids, position_ids, target, counted, watch)
         tokens = counted.sum()
         if self.observe:
-            health, faults = watch.health(input_ids)
-            for index, found_there in faults.items():
-                warn_of_faults(found_there, f"layer {index}")
+            health, faults = watch.health()
+            health |= self._faults.take(faults)
             if found is not None and log_keep is not None:
                 wide = TokenCandidates(*(x[None] for x in found))
                 health |= token_route_health(
@@ -250,43 +249,18 @@ class _Watch:
         if controller is not None:
             controller.recorder, controller.keep_inputs, controller.record_layers = self._before
 
-    @torch.no_grad()
-    def health(self, input_ids: Tensor) -> tuple[dict[str, float], dict[int, list[Fault]]]:
-        """Metrics of the recorded pass, averaged over its layers, and the faults of each layer."""
+    def health(self) -> tuple[dict[str, float], dict[str, list[Fault]]]:
+        """Metrics of the recorded pass, averaged over its layers, and the faults of each."""
         if self.context is None:
             return {}, {}
-        config, context = config_of(self.model), self.context
-        adapters = adapters_of(self.model)
+        window, adapters = config_of(self.model).window, adapters_of(self.model)
         layers, faults = [], {}
-        for index, match in context.matches.items():
-            values = match_health(
-                match,
-                input_ids,
-                segment_starts=context.segment_starts,
-                window=config.window,
-                granularity=config.granularity,
-            )
+        for index in self.context.matches:
             adapter = adapters[index]
-            if _sharded(adapter.e0, adapter.channels):
-                layers.append(values)
-                continue
-            values["levels"] = float((adapter.e1 - adapter.e0).abs().float().mean())
-            if index in context.inputs:
-                u = context.inputs[index]
-                q, k = adapter.addresses(u, context)
-                packed = symbols.pack(q, config.bits)
-                values |= symbol_health(packed, config.bits, segment_starts=context.segment_starts)
-                values["qk_agreement"] = float(((q > 0) == (k > 0)).float().mean())
-                faults[index] = find_faults(
-                    q,
-                    k,
-                    match,
-                    adapter.e0,
-                    adapter.e1,
-                    bits=config.bits,
-                    segment_starts=context.segment_starts,
-                )
+            whole = not _sharded(adapter.e0, adapter.channels)
+            values, found = layer_health(adapter, self.context, window=window, whole=whole)
             layers.append(values)
+            faults[f"layer {index}"] = found
         return mean_health(layers), faults
 
 
