@@ -1,24 +1,37 @@
 """Time and memory of the fused estimators on one GPU, each checked against the dense form first.
 
-    python benchmarks/estimators/fused.py --lengths 4096 16384 --out fused.json
+    python -m benchmarks.estimators.fused --out docs/results/estimators_fused.json
 
-Prints a line a measurement and writes all of them as JSON. A form whose check fails is not timed.
+Prints a line a measurement and writes all of them, with what they were measured on, as JSON. A form
+whose check fails is not timed. `--engine triton` measures the Triton kernels instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from rosakit.evaluate.environment import describe_environment
+from rosakit.files import atomic_write
 from rosakit.ops import rosa
+from rosakit.ops.triton import engine, pairwise
 
 LIMIT = 1e-3  # relative error of y, dq, dk, dv against float64
-ESTIMATORS = ("soft_scan", "soft_dp", "suffix_attention")
+DENSE_MILLISECONDS = 2007.0
+"""rosa_soft's dense backward with its forward: 512 routes of 4 bits, T = 4096, one H100."""
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "soft_scan": {},
+    "soft_dp": {},
+    "suffix_attention": {},
+    "suffix_attention, window 32": {"window": 32},
+}
 
 
 def example(length: int, channels: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -31,22 +44,29 @@ def example(length: int, channels: int, seed: int = 0) -> tuple[torch.Tensor, ..
 def gradients(inputs: tuple[torch.Tensor, ...], **options: object) -> tuple[torch.Tensor, ...]:
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
     y = rosa(*leaves, *inputs[3:], bits=4, **options)
-    return y, *torch.autograd.grad(y, leaves, torch.ones_like(y))
+    return y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))
 
 
-def error(estimator: str, length: int = 300) -> float:
+def options_of(name: str) -> dict[str, Any]:
+    return {"estimator": name.partition(",")[0], **ESTIMATORS[name]}
+
+
+def error(name: str, length: int = 300) -> float:
+    """Largest relative error of outputs and gradients against the dense form in float64."""
     inputs = example(length, 16)
-    got = gradients(inputs, estimator=estimator, fused=True)
+    got = gradients(inputs, **options_of(name), fused=True)
     exact = tuple(x.double() for x in inputs)
-    expected = gradients(exact, estimator=estimator, fused=False)
+    expected = gradients(exact, **options_of(name), fused=False)
     return max(
         float((a.double() - b).norm() / b.norm()) for a, b in zip(got, expected, strict=True)
     )
 
 
-def measure(estimator: str, length: int, routes: int, repeats: int) -> dict[str, object]:
+def measure(name: str, length: int, routes: int, repeats: int) -> dict[str, Any]:
+    """Median milliseconds of forward + backward through autograd, and peak memory."""
     inputs = example(length, routes * 4)
-    gradients(inputs, estimator=estimator)
+    options = options_of(name)
+    gradients(inputs, **options)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -54,43 +74,67 @@ def measure(estimator: str, length: int, routes: int, repeats: int) -> dict[str,
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        gradients(inputs, estimator=estimator)
+        gradients(inputs, **options)
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
-    return {
-        "estimator": estimator,
+    row = {
+        "estimator": name,
         "length": length,
         "routes": routes,
-        "milliseconds": statistics.median(times),
+        "milliseconds": round(statistics.median(times), 3),
+        "spread_milliseconds": [round(min(times), 3), round(max(times), 3)],
         "peak_bytes": torch.cuda.max_memory_allocated() - before,
     }
+    if (length, routes) == (4096, 512):
+        row["against_dense"] = round(DENSE_MILLISECONDS / row["milliseconds"], 2)
+    return row
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096])
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--routes", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--estimators", nargs="+", choices=list(ESTIMATORS), default=[*ESTIMATORS])
+    parser.add_argument("--engine", choices=["cuda", "triton"], default="cuda")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("the fused kernels are timed on a CUDA device, and torch finds none", file=sys.stderr)
         return 2
-    rows: list[dict[str, object]] = []
-    for estimator in ESTIMATORS:
-        off = error(estimator)
+    if args.engine == "triton":
+        pairwise.engine_for = lambda device: engine.TritonEngine()
+    rows: list[dict[str, Any]] = []
+    for name in args.estimators:
+        off = error(name)
         if not off < LIMIT:
-            print(f"{estimator}: relative error {off:.1e} exceeds {LIMIT:g}, not timed")
+            print(f"{name}: relative error {off:.1e} exceeds {LIMIT:g}, not timed")
             continue
         for length in args.lengths:
-            row = {**measure(estimator, length, args.routes, args.repeats), "error": off}
+            if "window" in ESTIMATORS[name] and length > 4096:
+                continue  # block by block: seconds, and linear like the others
+            repeats = args.repeats if length <= 4096 else 2
+            row = {**measure(name, length, args.routes, repeats), "error": off}
+            row["engine"] = args.engine
             rows.append(row)
             print(json.dumps(row), flush=True)
-    if args.out:
-        device = torch.cuda.get_device_name()
-        args.out.write_text(json.dumps({"device": device, "rows": rows}, indent=1) + "\n")
-    return 0 if len(rows) == len(ESTIMATORS) * len(args.lengths) else 1
+            if args.out:
+                _write(args.out, rows)
+    return 0 if {row["estimator"] for row in rows} == set(args.estimators) else 1
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    content = {
+        "command": "python -m benchmarks.estimators.fused",
+        "environment": dataclasses.asdict(describe_environment()),
+        "seed": 0,
+        "dense_milliseconds": DENSE_MILLISECONDS,
+        "rows": rows,
+    }
+    atomic_write(path, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

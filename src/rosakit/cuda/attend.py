@@ -19,28 +19,32 @@ GROUP = 8
 """Rows between two states that the backward pass stores."""
 
 _HELD = 4
-_KERNELS = ("attend_forward", "attend_backward")
 _GATES = {"sigmoid": 0, "identity": 1, "exp": 2}
 _ORDER = ("T", "length", "routes", "workers")
 _REALS = ("slope", "bias", "sharp", "cap")
-_RESIDENT = {"forward": 12, "backward": 12}  # warps a multiprocessor: 168 registers a thread
-_MOST = {"forward": 8, "backward": 4}  # diagonals a lane, for 4 + 4 channels
 _SWITCHES = ("SCAN", "UTILITY", "OFFSET", "CAPPED", "PACKED", "DROPOUT")
+
+# By the channels of a key and its value together: diagonals a lane and warps a multiprocessor, as
+# measured on an H100 (docs/estimators/fused.md). A window of keys and its sums live in registers.
+_FORWARD = ((8, 8, 12), (16, 4, 12), (32, 2, 12))
+_BACKWARD = ((8, 2, 16), (16, 2, 12), (32, 1, 12))
 
 
 def diagonals(width: int, values: int, *, backward: bool) -> int:
-    """Diagonals a lane: as many as registers hold."""
-    channels = width + values
-    most = _MOST["backward" if backward else "forward"]
-    return max(1, min(most, most * 8 // max(8, 1 << (channels - 1).bit_length())))
+    """Diagonals a lane."""
+    return _chosen(width + values, backward)[0]
+
+
+def _chosen(channels: int, backward: bool) -> tuple[int, int]:
+    sizes = _BACKWARD if backward else _FORWARD
+    return next((lanes, resident) for most, lanes, resident in sizes if channels <= most)
 
 
 def workers(q: Tensor, w: Tensor, length: int, *, backward: bool) -> int:
     """Workers a stream: whole waves of warps, as nearly as it goes, and never more than strips."""
-    count = torch.cuda.get_device_properties(q.device).multi_processor_count
-    count *= _RESIDENT["backward" if backward else "forward"]
-    strip = 32 * diagonals(q.shape[2], w.shape[2], backward=backward)
-    return balanced(q.shape[0], -(-length // strip), count)
+    per_lane, resident = _chosen(q.shape[2] + w.shape[2], backward)
+    count = torch.cuda.get_device_properties(q.device).multi_processor_count * resident
+    return balanced(q.shape[0], -(-length // (32 * per_lane)), count)
 
 
 def balanced(streams: int, strips: int, resident: int) -> int:
@@ -54,15 +58,16 @@ def balanced(streams: int, strips: int, resident: int) -> int:
     return max(range(1, most + 1), key=lambda each: (round(filled(each), 2), -each))
 
 
-def macros(width: int, values: int, per_lane: int, form: Mapping[str, Any]) -> dict[str, int]:
+def macros(width: int, values: int, form: Mapping[str, Any], *, backward: bool) -> dict[str, int]:
     """What a kernel is compiled for: sizes, switches of the form, registers."""
+    per_lane, resident = _chosen(width + values, backward)
     return {
+        "BACKWARD": int(backward),
         "M": width,
         "V": values,
         "P": per_lane,
+        "RESIDENT": resident,
         "GATE": _GATES[form["gate"]],
-        "RESIDENT_FORWARD": _RESIDENT["forward"],
-        "RESIDENT_BACKWARD": _RESIDENT["backward"],
         **{name: int(form[name.lower()]) for name in _SWITCHES},
     }
 
@@ -104,7 +109,7 @@ def forward(
         form: gate, slope, bias and the others of `_SWITCHES`, `_REALS` and `_ORDER`.
     """
     per_lane = diagonals(q.shape[2], w.shape[2], backward=False)
-    kernel = _kernels(q, w, per_lane, form)["attend_forward"]
+    kernel = _kernel(q, w, form, backward=False)
     kept = [q.contiguous(), permuted(k, per_lane), permuted(w, per_lane), starts, seed]
     arguments = [compile.pointer(x) for x in (*kept, top, total, out)]
     workers = top.shape[1]
@@ -125,7 +130,7 @@ def backward(
 ) -> None:
     """Adds every worker's share to `gradients` ``[H, W, T, ...]`` of q, k and w."""
     per_lane = diagonals(q.shape[2], w.shape[2], backward=True)
-    kernel = _kernels(q, w, per_lane, form)["attend_backward"]
+    kernel = _kernel(q, w, form, backward=True)
     workers = gradients[0].shape[1]
     marks = torch.empty(marks_size(q, w, workers, form), device=q.device)
     kept = [q.contiguous(), permuted(k, per_lane), permuted(w, per_lane), grad.contiguous()]
@@ -142,7 +147,8 @@ def marks_size(q: Tensor, w: Tensor, workers: int, form: Mapping[str, Any]) -> i
     return q.shape[0] * workers * (q.shape[1] // GROUP + 1) * 32 * states
 
 
-def _kernels(q: Tensor, w: Tensor, per_lane: int, form: Mapping[str, Any]) -> Any:
+def _kernel(q: Tensor, w: Tensor, form: Mapping[str, Any], *, backward: bool) -> compile.Kernel:
+    name = "attend_backward" if backward else "attend_forward"
     with torch.cuda.device(q.device):
-        chosen = macros(q.shape[2], w.shape[2], per_lane, form)
-        return compile.load(("attend.cu",), _KERNELS, chosen, q.device)
+        chosen = macros(q.shape[2], w.shape[2], form, backward=backward)
+        return compile.load(("attend.cu",), (name,), chosen, q.device)[name]

@@ -8,7 +8,7 @@
 //
 // Macros: M, V channels of q/k and of the values (1, 2 or a multiple of 4); P diagonals a lane (a
 // power of two); GATE 0 sigmoid, 1 identity, 2 exp; SCAN; UTILITY; OFFSET; CAPPED; PACKED; DROPOUT;
-// RESIDENT_FORWARD, RESIDENT_BACKWARD warps a multiprocessor that registers are divided among.
+// RESIDENT warps a multiprocessor that registers are divided among; BACKWARD which kernel is meant.
 #ifndef ROSAKIT_EMULATE
 typedef unsigned int u32;
 typedef long long i64;
@@ -196,6 +196,7 @@ __device__ __forceinline__ int strip_of(int turn, int worker, int workers) {
   return turn * workers + (turn & 1 ? workers - 1 - worker : worker);
 }
 
+#if !BACKWARD
 __device__ __forceinline__ float worst(const float (&x)[P]) {
   float most = x[0];
 #pragma unroll
@@ -282,7 +283,7 @@ __device__ __forceinline__ void forward_rows(const Forward& f, int i, float (&t)
 
 // Softmax statistics of every row over this worker's strips. top, sum [H, W, T], out [H, W, T, V];
 // they come in as any reference logit, 0 and 0.
-extern "C" __global__ void __launch_bounds__(32, RESIDENT_FORWARD)
+extern "C" __global__ void __launch_bounds__(32, RESIDENT)
     attend_forward(const float* q, const float* k, const float* w, const int* starts,
                    const i64* seed, float* top, float* sum, float* out, int T, int length,
                    int routes, int workers, float slope, float bias, float sharp, float cap,
@@ -320,6 +321,7 @@ extern "C" __global__ void __launch_bounds__(32, RESIDENT_FORWARD)
   }
 }
 
+#else
 struct Backward {
   const float *q, *k, *w, *g, *lse, *delta;
   const int* starts;
@@ -498,7 +500,7 @@ __device__ __forceinline__ void backward_rows(const Backward& b, int i, float (&
 // Gradients of q, k [H, W, T, M] and w [H, W, T, V], summed over this worker's strips; they come in
 // as zeros. A strip is marched down once, leaving its state every GROUP rows in `marks`; then the
 // groups go up, each in two halves of HELD rows that are marched again and held in registers.
-extern "C" __global__ void __launch_bounds__(32, RESIDENT_BACKWARD)
+extern "C" __global__ void __launch_bounds__(32, RESIDENT)
     attend_backward(const float* q, const float* k, const float* w, const float* g,
                     const float* lse, const float* delta, const int* starts, const i64* seed,
                     float* dq, float* dk, float* dw, float* marks, int T, int length, int routes,
@@ -585,3 +587,4 @@ extern "C" __global__ void __launch_bounds__(32, RESIDENT_BACKWARD)
     __syncwarp();
   }
 }
+#endif
