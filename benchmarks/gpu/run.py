@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from window import block_mask
 
 import rosakit
 import streams
@@ -39,7 +40,7 @@ CHANNELS = ROUTES * BITS
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 TARGET_FAMILIES = ("random", "repeats", "constant")
 TARGET_LENGTH = 16384
-ATTENTION_LENGTHS = (16384, 4096, 65536, 131072)
+ATTENTION_LENGTHS = (16384, 131072, 4096, 65536)
 # Measured on a machine of the same kind: the CPU pipeline of ROSA-Tuning with 16 threads (forward
 # and flipped queries), and rosa_soft's hard forward in CUDA with the suffix cut at 32.
 PUBLISHED = (
@@ -119,6 +120,21 @@ def time_matching(report: dict[str, Any]) -> None:
                 del q, k
             report["match"].append(row)
             print(row, flush=True)
+
+
+def time_levels(report: dict[str, Any]) -> None:
+    """What it gains to stop the levels where few candidates are left (`matcher.NEAR`)."""
+    from rosakit.cuda import matcher
+
+    for length in (TARGET_LENGTH, LENGTHS[-1]):
+        for name in TARGET_FAMILIES:
+            q, k = streams.make(name, ROUTES, length, BITS, SEED)
+            times = {
+                near: median_ms(lambda near=near, q=q, k=k: matcher.match(q, k, near=near))
+                for near in (0, 1, matcher.NEAR, 6)
+            }
+            report["levels"].append({"T": length, "stream": name, "near_ms": times})
+            print(report["levels"][-1], flush=True)
 
 
 def time_runs(report: dict[str, Any]) -> None:
@@ -256,56 +272,53 @@ def layer_memory(report: dict[str, Any], attend: Callable[..., Tensor], length: 
     print(report["layer_memory"][-1], flush=True)
 
 
-def time_attention(report: dict[str, Any], window: int = 2048) -> None:
+def time_attention(report: dict[str, Any], length: int, window: int = 2048) -> None:
+    """Windowed and full attention; at the target's length whole layers, too."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
     from torch.nn.functional import scaled_dot_product_attention
 
     # One graph a length, with and without gradients: more than the default limit.
     torch._dynamo.config.recompile_limit = 4 * len(LENGTHS)
     compiled = torch.compile(flex_attention, dynamic=False)
 
-    def windowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (i >= j) & (i - j < window)
+    q = torch.randn(1, 16, length, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    k, v = (
+        torch.randn(1, 8, length, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(2)
+    )
+    grad = torch.randn_like(q)
+    mask = block_mask(length, window, "cuda")
 
-    for length in ATTENTION_LENGTHS:
-        q = torch.randn(1, 16, length, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        k, v = (
-            torch.randn(1, 8, length, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-            for _ in range(2)
+    def flex(q=q, k=k, v=v, mask=mask) -> Tensor:
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True)
+
+    def full(q=q, k=k, v=v) -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def both(attend: Callable[[], Tensor], q=q, k=k, v=v, grad=grad) -> object:
+        return torch.autograd.grad(attend(), (q, k, v), grad)
+
+    for name, attend in {"windowed": flex, "full": full}.items():
+        repeats = 7 if name == "windowed" or length <= 32768 else 2
+        with torch.no_grad():
+            forward = median_ms(attend, repeats)
+        row = {
+            "T": length,
+            "kind": name,
+            "forward_ms": forward,
+            "forward_backward_ms": median_ms(lambda attend=attend: both(attend), repeats),
+            "extra_bytes": peak_bytes(lambda attend=attend: both(attend)),
+        }
+        report["attention"].append(row)
+        print(row, flush=True)
+    if length == TARGET_LENGTH:
+        layer_memory(
+            report,
+            lambda q, k, v, mask=mask: compiled(q, k, v, block_mask=mask, enable_gqa=True),
+            length,
         )
-        grad = torch.randn_like(q)
-        mask = create_block_mask(windowed, None, None, length, length, device="cuda")
-
-        def flex(q=q, k=k, v=v, mask=mask) -> Tensor:
-            return compiled(q, k, v, block_mask=mask, enable_gqa=True)
-
-        def full(q=q, k=k, v=v) -> Tensor:
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-        def both(attend: Callable[[], Tensor], q=q, k=k, v=v, grad=grad) -> object:
-            return torch.autograd.grad(attend(), (q, k, v), grad)
-
-        for name, attend in {"windowed": flex, "full": full}.items():
-            repeats = 7 if name == "windowed" or length <= 32768 else 2
-            with torch.no_grad():
-                forward = median_ms(attend, repeats)
-            row = {
-                "T": length,
-                "kind": name,
-                "forward_ms": forward,
-                "forward_backward_ms": median_ms(lambda attend=attend: both(attend), repeats),
-                "extra_bytes": peak_bytes(lambda attend=attend: both(attend)),
-            }
-            report["attention"].append(row)
-            print(row, flush=True)
-        if length == TARGET_LENGTH:
-            layer_memory(
-                report,
-                lambda q, k, v, mask=mask: compiled(q, k, v, block_mask=mask, enable_gqa=True),
-                length,
-            )
 
 
 def compare(report: dict[str, Any]) -> None:
@@ -354,6 +367,7 @@ def main() -> None:
         "shape": {"batch": 1, "routes": ROUTES, "bits": BITS, "dtype": "bfloat16"},
         "match": [],
         "runs": [],
+        "levels": [],
         "step": [],
         "attention": [],
         "layer_memory": [],
@@ -379,12 +393,13 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     part(lambda: time_matching(report))
     part(lambda: compare(report))
-    part(lambda: time_runs(report))
+    part(lambda: time_levels(report))
     for length in LENGTHS:
         part(lambda length=length: report["step"].append(whole_step(length)))
         print(report["step"][-1:], flush=True)
-    if not arguments.skip_attention:
-        part(lambda: time_attention(report))
+    for length in () if arguments.skip_attention else ATTENTION_LENGTHS:
+        part(lambda length=length: time_attention(report, length))
+    part(lambda: time_runs(report))
 
 
 if __name__ == "__main__":
