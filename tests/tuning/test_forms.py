@@ -117,7 +117,7 @@ def test_layers_share_one_set_of_projections():
 
 def test_files_of_the_first_format_still_load(tmp_path):
     """Its names were those of the attention's projections, which LoRA wraps by name."""
-    model = attached(own_value=True, projection_rank=None)
+    model = attached(own_value=True, projection_rank=None, token_route=True, inject="pre_attn")
     save_adapter(model, tmp_path)
     path = tmp_path / "rosa_config.json"
     description = json.loads(path.read_text())

@@ -71,7 +71,8 @@ class TokenRoute(nn.Module):
         self.retrieve = retrieve
         # Kept in float32 whatever the model's dtype: a few hundred numbers that gate every token.
         options: dict[str, Any] = {"device": device, "dtype": torch.float32}
-        self.keep_bias = nn.Parameter(torch.full((), START_LOGIT, **options))
+        # One number as a vector: FSDP shards no scalars.
+        self.keep_bias = nn.Parameter(torch.full((1,), START_LOGIT, **options))
         self.length_score = nn.Parameter(torch.zeros(_LENGTH_BUCKETS, **options))
         self.rank_score = nn.Parameter(torch.zeros(candidates, **options))
         self.feature_score = nn.Parameter(torch.zeros(2, **options))

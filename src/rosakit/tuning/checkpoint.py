@@ -31,7 +31,7 @@ from rosakit.tuning.modules import decoder_of
 
 FORMAT = "rosakit-adapter"
 FORMAT_VERSION = 2
-"""Version 1 named an adapter's projections ``q_proj`` …, and had whole matrices only."""
+"""Version 1 named projections ``q_proj`` …, had whole matrices only, and scalars without axis."""
 CONFIG_FILE = "rosa_config.json"
 
 _FREE = {
@@ -315,7 +315,10 @@ def _read_tensors(path: Path, description: dict[str, Any]) -> dict[str, Tensor]:
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{file} is no safetensors file ({error}); {remedy}") from error
     if description["format_version"] == 1:
-        tensors = {_OLD_NAME.sub(r"projections.w_\1.", n): t for n, t in tensors.items()}
+        tensors = {
+            _OLD_NAME.sub(r"projections.w_\1.", n): t.reshape(1) if t.dim() == 0 else t
+            for n, t in tensors.items()
+        }
     return tensors
 
 
