@@ -2,7 +2,7 @@
 
 Where the CPU's memory keeps an index, this one keeps for every lag the length of the current run
 and passes over all of them at every step: more work, but memory bandwidth is what a GPU has, and a
-step needs no transfer and no synchronisation. `docs/guide/backends.md` says which is faster when.
+step needs no transfer and no synchronisation. `docs/guides/backends.md` says which is faster when.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`DeviceState`: one adapter's streaming state in GPU memory, and when it is chosen.
 
 A step never leaves the device, at the price of memory that grows with the context
-(`docs/guide/backends.md` has the measured figures): 7 bytes a route and position, where the
+(`docs/guides/backends.md` has the measured figures): 7 bytes a route and position, where the
 window's keys and values do not grow. So ``backend="auto"`` keeps a state on the device for short
 contexts only and then moves it to the host; ``"cuda"`` keeps it there, ``"cpu"`` never does.
 """
