@@ -81,6 +81,7 @@ def run(
         "seed": seed,
         "task": dataclasses.asdict(task),
         "tied_start": trunk.tied_start,
+        "steps": training.steps,
         "accuracy": accuracy(model, chosen, task, training),
         "losses_per_50_steps": [round(x, 4) for x in losses],
         "seconds": round(seconds, 2),
