@@ -31,6 +31,16 @@ def test_the_window_is_the_librarys(length):
         assert torch.allclose(here, there, atol=1e-5)
 
 
+def test_recalled_spans_are_the_librarys():
+    model, ids = build(depth=2), tokens(2, 67, kinds=5)
+    here = logits(model, ids, View(8, sinks=3, recall=3, before=2, after=4))
+    config = RosaConfig(
+        window=8, sink_tokens=3, adapters=False, recall=3, recall_before=2, recall_after=4
+    )
+    attach(model, config)
+    assert torch.allclose(here, logits(model, ids), atol=1e-5)
+
+
 def test_without_a_window_the_model_is_untouched():
     model, ids = build(depth=2), tokens(2, 40)
     before = model.config._attn_implementation

@@ -110,6 +110,10 @@ def rosakit_window(
         context.teacher.see(int(getattr(module, "layer_idx", -1)), query, key, scaling)
     scores = forms.Scores(scaling, kwargs.get("softcap"), kwargs.get("s_aux"), dropout)
     held, keys = layer.window is not None, key.shape[2]
+    if context.recall is not None and held and context.teacher is None and window == layer.window:
+        assert window is not None
+        recall = context.recall
+        return recall.attend(module, query, key, value, window, sinks, scores, layer.form), None
     if layer.form == "flex" and query.shape[2] >= forms.FLEX_QUERIES:
         mask = plan.once(
             ("flex", window, sinks, keys, held),

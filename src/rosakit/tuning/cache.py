@@ -181,6 +181,41 @@ class GlobalLayer(DynamicLayer):  # type: ignore[misc]
         self.is_initialized = False
 
 
+class RecallLayer(GlobalLayer):
+    """Keys and values of a windowed layer that recalls spans: all are kept, few are returned.
+
+    Args:
+        index: the index that all windowed layers of the cache share; its `picked` says which slots
+            the next single query sees.
+        offload: keep them in host memory; what is returned goes to the device of the new ones.
+    """
+
+    def __init__(self, index: WindowIndex, offload: bool) -> None:
+        super().__init__(index)
+        self.offload = offload
+        self.keys: Any = None
+        self.values: Any = None
+        self.is_initialized: bool = False
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append ``[B, G, n, D]``; returns all keys and values, or those that were picked."""
+        device = key_states.device
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        first = self.keys is None or self.keys.numel() == 0
+        store = torch.device("cpu") if self.offload else device
+        keys, values = key_states.to(store), value_states.to(store)
+        self.keys = keys if first else torch.cat([self.keys, keys], dim=2)
+        self.values = values if first else torch.cat([self.values, values], dim=2)
+        picked = self.index.picked
+        if picked is None:
+            return self.keys.to(device), self.values.to(device)
+        slots = picked.to(store)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        return self.keys.gather(2, slots).to(device), self.values.gather(2, slots).to(device)
+
+
 class RosaCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     """The last layer of a prepared cache: index of the window and streaming states.
 
@@ -262,7 +297,13 @@ class RosaCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def prepare_cache(
-    cache: object, windowed: Sequence[bool], window: int | None, sinks: int
+    cache: object,
+    windowed: Sequence[bool],
+    window: int | None,
+    sinks: int,
+    *,
+    recall: bool = False,
+    offload: bool = False,
 ) -> RosaCacheLayer:
     """Turn an empty dynamic cache into one of an attached model, or find what it carries.
 
@@ -271,6 +312,8 @@ def prepare_cache(
         windowed: for every layer of the model whether it is windowed.
         window: W.
         sinks: S.
+        recall: windowed layers keep all keys and values, for recalled spans.
+        offload: they keep them in host memory.
 
     Raises:
         InvalidInputError: a static, quantized or offloaded cache, one of another model, or one
@@ -313,7 +356,7 @@ def prepare_cache(
     for number, swap in enumerate(windowed):
         own = cache.layers[number] if number < len(cache.layers) else None
         if swap:
-            layers.append(SinkWindowLayer(index))
+            layers.append(RecallLayer(index, offload) if recall else SinkWindowLayer(index))
         elif isinstance(own, DynamicSlidingWindowLayer):
             layers.append(own)
         else:

@@ -43,6 +43,21 @@ class RosaConfig:
     global_layers: tuple[int, ...] = option(
         (), "Indices of layers that keep full attention; negative ones count from the last."
     )
+    recall: int = option(
+        0,
+        "Recalled spans: the surroundings of this many exact token matches join the window of "
+        "every windowed layer, without parameters; 0 for none.",
+        low=0,
+    )
+    recall_before: int = option(
+        8, "Tokens of a recalled span before what followed the match.", low=0
+    )
+    recall_after: int = option(
+        8, "Tokens of a recalled span from what followed the match on.", low=1
+    )
+    recall_offload: bool = option(
+        False, "Keep the keys and values beyond the window in host memory; only recalled ones move."
+    )
     adapters: bool = option(True, "Add a RosaAdapter to the decoder layers.")
     layers: tuple[int, ...] | None = option(
         None, "Indices of the layers that get an adapter; none for all of them."
@@ -183,6 +198,10 @@ class RosaConfig:
         if self.address == "token" and self.max_length is not None:
             raise InvalidInputError(
                 "RosaConfig.address='token' has no length limit; leave max_length at none"
+            )
+        if self.window is None and self.recall:
+            raise InvalidInputError(
+                "RosaConfig.recall adds to a window and there is none; set window, or recall=0"
             )
         if self.window is None and self.global_layers:
             raise InvalidInputError(

@@ -11,6 +11,7 @@ from rosakit.layers import RosaContext
 
 if TYPE_CHECKING:
     from rosakit.layers.supervision import AttentionTargets
+    from rosakit.tuning.recall import Recall
     from rosakit.tuning.window import AttentionPlan
 
 CONTEXT = "rosa_context"
@@ -26,6 +27,7 @@ class ForwardContext:
         rosa: what adapters and token route read.
         plan: who sees whom in windowed attention; None without a window.
         attended: number of attention calls that used the plan.
+        recall: the recalled spans; None without them.
         teacher: set in a pass with full attention and without adapters, which it watches.
     """
 
@@ -36,6 +38,7 @@ class ForwardContext:
         teacher: AttentionTargets | None = None,
     ) -> None:
         self.rosa, self.plan, self.attended, self.teacher = rosa, plan, 0, teacher
+        self.recall: Recall | None = None
 
 
 class Shared:

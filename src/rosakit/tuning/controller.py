@@ -21,6 +21,7 @@ from rosakit.tuning.config import RosaConfig
 from rosakit.tuning.context import CONTEXT, ForwardContext, Shared
 from rosakit.tuning.inject import InjectedAdapter
 from rosakit.tuning.modules import argument_names, takes_keywords
+from rosakit.tuning.recall import Recall, span_places
 from rosakit.tuning.window import AttentionPlan, positions
 from rosakit.types import Match
 
@@ -179,14 +180,22 @@ class RosaController(nn.Module):
 
     @property
     def _matches_tokens(self) -> bool:
-        return self.token_route is not None or (
-            bool(self.injected) and self.config.address == "token"
+        return (
+            self.token_route is not None
+            or bool(self._recalled)
+            or (bool(self.injected) and self.config.address == "token")
         )
+
+    @property
+    def _recalled(self) -> int:
+        """Spans that join the window; the control recalls none."""
+        return self.config.recall if self.config.retrieve else 0
 
     @property
     def _candidate_count(self) -> int:
         """Distinct successors that token route and adapters need together."""
         own = self.config.address_candidates if self.injected else 1
+        own = max(own, self._recalled)
         return own if self.token_route is None else max(own, self.token_route.candidates)
 
     @property
@@ -230,8 +239,18 @@ class RosaController(nn.Module):
                 return None
             cache = named["past_key_values"] = DynamicCache(config=decoder.config)
             named["use_cache"] = True
-        window = self.config.window
-        return prepare_cache(cache, self.windowed, window, self.config.sink_tokens)
+        return prepare_cache(cache, **self.cache_options)
+
+    @property
+    def cache_options(self) -> dict[str, Any]:
+        """What the layers of this model's caches depend on."""
+        return {
+            "windowed": self.windowed,
+            "window": self.config.window,
+            "sinks": self.config.sink_tokens,
+            "recall": bool(self._recalled),
+            "offload": self.config.recall_offload,
+        }
 
     def own_parameters(self) -> Iterator[nn.Parameter]:
         """All parameters that the attachment added."""
@@ -264,12 +283,19 @@ class RosaController(nn.Module):
                 )
                 if self.token_route is not None:
                     rosa.candidates = self._competitors(ids, gather_candidates(ids, found))
+            recalled = rosa.token_match
             if self._reads_far:
                 distance = self.config.far_distance
                 assert distance is not None
                 far = distant_match(ids, distance, segment_starts=starts)
                 rosa.token_match = self._with_far(rosa.token_match, far)
-        return ForwardContext(rosa, plan)
+        context = ForwardContext(rosa, plan)
+        if self._recalled:
+            assert plan is not None
+            # Matches of whole sequences are places in the row, and so are the keys.
+            own = torch.arange(length, device=device)[None]
+            context.recall = Recall(plan, self._spans(recalled, own, starts), lambda: own)
+        return context
 
     def _chunk(
         self,
@@ -304,6 +330,7 @@ class RosaController(nn.Module):
             rosa.token_match, found = tokens.extend(ids, real)
             if self.token_route is not None:
                 rosa.candidates = self._competitors(ids, found)
+            recalled = rosa.token_match
             if self._reads_far:
                 distance = self.config.far_distance
                 assert distance is not None
@@ -313,7 +340,25 @@ class RosaController(nn.Module):
             assert ids is not None
             reach = max(self.config.hash_orders)
             rosa.recent = states.recent_tokens(batch).extend(ids, real, reach)
-        return ForwardContext(rosa, plan)
+        context = ForwardContext(rosa, plan)
+        index.picked = None
+        if self._recalled:
+            assert plan is not None
+            assert self.config.window is not None
+            # States count real tokens of a row, and so do the ranks of the keys.
+            spans = self._spans(recalled, query.rank.to(device), None)
+            recall = Recall(plan, spans, lambda: full().rank)
+            if length == 1:
+                total = index.length
+                index.picked = recall.pick(self.config.window, self.config.sink_tokens, total)
+            context.recall = recall
+        return context
+
+    def _spans(self, match: Match, own: Tensor, first: Tensor | None) -> Tensor:
+        config = self.config
+        return span_places(
+            match, config.recall, config.recall_before, config.recall_after, own, first
+        )
 
     def _competitors(self, ids: Tensor, found: TokenCandidates) -> TokenCandidates:
         """Candidates that are long enough; the control's own tokens in their place."""

@@ -88,6 +88,8 @@ class WindowIndex:
         reserve: tokens held for rollbacks; None for `RESERVE`.
 
     Attributes:
+        picked: slots ``[B, n]`` of all keys that the next single query sees, where layers that keep
+            all of them recall spans; else None.
         length: positions seen, padding included.
         record_past: nothing is dropped until the next crop.
         valid: bool ``[B, length]``, real positions; None while plain.
@@ -106,6 +108,7 @@ class WindowIndex:
         self.plain = True
         self.valid: Tensor | None = None
         self.update = Update(0, 0, None, 0)
+        self.picked: Tensor | None = None
         # Real tokens of each row, and the first rank past the sinks that is still held; one entry
         # while plain. On the host, so that deciding never waits for a device.
         self._count = torch.zeros(1, dtype=torch.int64)

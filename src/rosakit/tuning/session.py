@@ -124,9 +124,7 @@ def load_session(path: str | os.PathLike[str], model: Any) -> Session:
     """
     controller, decoder = controller_of(model), decoder_of(model)
     cache = DynamicCache(config=decoder.config)
-    carrier = prepare_cache(
-        cache, controller.windowed, controller.config.window, controller.config.sink_tokens
-    )
+    carrier = prepare_cache(cache, **controller.cache_options)
     device, adapters = next(decoder.parameters()).device, adapters_of(model)
     input_ids: Tensor | None = None
     notes: dict[str, Any] = {}
@@ -190,9 +188,7 @@ def _carrier(model: Any, cache: Any) -> RosaCacheLayer:
             f"this {type(cache).__name__} is not the cache of an attached model; pass the "
             "past_key_values that the model returned"
         )
-    return prepare_cache(
-        cache, controller.windowed, controller.config.window, controller.config.sink_tokens
-    )
+    return prepare_cache(cache, **controller.cache_options)
 
 
 def _digest(model: Any) -> dict[str, Any]:
@@ -206,7 +202,7 @@ def _digest(model: Any) -> dict[str, Any]:
     controller, decoder = controller_of(model), decoder_of(model)
     training_only = (
         *("estimator", "estimator_options", "credit_margin"),
-        *("adapter_dtype", "backend"),
+        *("adapter_dtype", "backend", "recall_offload"),
     )
     options = controller.config.to_dict()
     return {
