@@ -338,11 +338,11 @@ def compare(report: dict[str, Any]) -> None:
             row = {"published": name, "published_ms": published, "T": length, "worst_ms": ours}
             report["comparison"].append({**row, "times_faster": published / ours})
     for name in TARGET_FAMILIES:
-        times = {r["T"]: r["forward_ms"] for r in report["match"] if r["stream"] == name}
-        if times.get(LENGTHS[-1]) and times.get(TARGET_LENGTH):
-            growth = {
-                f"{n // 1024}k": times[2 * n] / times[n] for n in LENGTHS[:-1] if 2 * n in times
-            }
+        mine = [r for r in report["match"] if r["stream"] == name and "forward_ms" in r]
+        times = {r["T"]: r["forward_ms"] for r in mine}
+        if LENGTHS[-1] in times and TARGET_LENGTH in times:
+            doubled = [n for n in LENGTHS[:-1] if n in times and 2 * n in times]
+            growth = {f"{n // 1024}k": times[2 * n] / times[n] for n in doubled}
             long = times[LENGTHS[-1]] / times[TARGET_LENGTH]
             report["growth"].append({"stream": name, "128k_over_16k": long, "a_doubling": growth})
 

@@ -53,8 +53,9 @@ def test_ratios_come_from_the_worst_verified_stream():
 
 @pytest.mark.skipif(not native.available(), reason="the compiled core is missing")
 def test_the_pipeline_benchmark_runs_and_its_picture_is_drawn(monkeypatch, tmp_path):
-    import pipeline
     import timeline
+
+    import pipeline
 
     monkeypatch.setattr(pipeline, "ROUTES", 16)
     out = tmp_path / "pipeline.json"
