@@ -118,6 +118,22 @@ def test_truncate_fork_and_reordering(device):
     assert torch.equal(got.position[1].cpu(), right.position[0, :, :40])
 
 
+def test_steps_that_are_taken_back_take_no_room(device):
+    """Speculative decoding: chunks are added and cropped again and again."""
+    q, k = streams(60, 2, 4, device)
+    right = suffix_match_oracle(q.cpu(), k.cpu())
+    state = memory(device)
+    state.extend(q[..., :20], k[..., :20])
+    held = state.nbytes
+    for _ in range(40):
+        state.extend(q[..., 20:26], k[..., 20:26])
+        state.truncate(torch.tensor([20]))
+        assert state.most == 20
+    assert state.nbytes == held
+    got = state.extend(q[..., 20:60], k[..., 20:60])
+    assert torch.equal(got.position.cpu(), right.position[..., 20:60])
+
+
 def test_refusals():
     with pytest.raises(InvalidInputError, match="bits"):
         StreamMemory(1, 1, bits=9, device="cpu")

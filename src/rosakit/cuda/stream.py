@@ -245,6 +245,9 @@ class StreamMemory:
         """Forget what lies past the given length of each row."""
         if isinstance(lengths, int):
             self._most = min(self._most, lengths)
+        elif lengths.device.type == "cpu":  # asking for the values is free there
+            self._most = min(self._most, int(lengths.max()))
+            self._ragged |= bool((lengths != lengths[0]).any())
         else:
             self._ragged = True
         kept = torch.as_tensor(lengths, device=self.device)
