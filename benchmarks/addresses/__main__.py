@@ -31,7 +31,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--extras", nargs="*", default=[], help="variants of the first seed only")
+    parser.add_argument(
+        "--extras",
+        nargs="*",
+        default=[],
+        choices=list(VARIANTS),
+        help="variants that come after the others, time permitting",
+    )
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--heldout", type=int, default=96, help="held-out blocks")
@@ -85,10 +91,12 @@ def conduct(options: argparse.Namespace) -> None:
 
 def runs_of(options: argparse.Namespace) -> list[tuple[str, int]]:
     """Variants and seeds in the order of their importance."""
-    first, *others = options.seeds
-    runs = [(name, first) for name in options.variants]
-    runs += [(name, seed) for seed in others for name in options.variants]
-    return runs + [(name, first) for name in options.extras]
+    return [
+        (name, seed)
+        for names in (options.variants, options.extras)
+        for seed in options.seeds
+        for name in names
+    ]
 
 
 def prepare(options: argparse.Namespace) -> None:

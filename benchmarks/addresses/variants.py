@@ -33,6 +33,7 @@ class Variant(NamedTuple):
 
 TOKEN: dict[str, Any] = {"address": "token"}
 HASH: dict[str, Any] = {"address": "hash", "bits": 8, "hash_orders": ORDERS, "min_length": 2}
+HASH4: dict[str, Any] = {"address": "hash", "bits": 4, "hash_orders": (1,)}
 REFINED: dict[str, Any] = HASH | {"hash_refine": True}
 LEARNED: dict[str, Any] = {"address": "learned", "bits": 8}
 SLOW = {"qk_lr_scale": 1 / 30}
@@ -40,7 +41,6 @@ TAUGHT = {"qk_lr_scale": 1.0, "address_weight": 1.0}
 
 VARIANTS: dict[str, Variant] = {
     "control": Variant("own value twice, nothing retrieved", TOKEN | {"retrieve": False}),
-    "ceiling": Variant("full attention, own value", TOKEN | {"retrieve": False, "window": None}),
     "token": Variant("token match", TOKEN),
     "token-tiers": Variant("token match, length tiers", TOKEN | {"length_tiers": TIERS}),
     "token-k2-tiers": Variant(
@@ -51,7 +51,7 @@ VARIANTS: dict[str, Variant] = {
         "token match, the latest and the latest beyond the window, length tiers",
         TOKEN | {"length_tiers": TIERS, "far_distance": 256},
     ),
-    "hash": Variant("hash of 1 to 8 tokens, fixed", HASH),
+    "hash": Variant("8-bit hash of 1 to 8 tokens, two alike in a row, fixed", HASH),
     "hash-refined": Variant("… refined at 1/30 of the rate", REFINED, SLOW),
     "hash-refined-shared": Variant(
         "… refined, shared q and k, 1/30", REFINED | {"shared_qk": True}, SLOW
@@ -68,6 +68,12 @@ VARIANTS: dict[str, Variant] = {
     ),
     "hash-refined-margin": Variant(
         "… refined, credit within 1.5 of the threshold", REFINED | {"credit_margin": 1.5}, SLOW
+    ),
+    "hash4": Variant("4-bit hash of the token, fixed: routes that vote", HASH4),
+    "hash4-refined-next": Variant(
+        "… refined, taught by next tokens, 1/30",
+        HASH4 | {"hash_refine": True, "shared_qk": True},
+        SLOW | {"address_loss": "next_token"},
     ),
     "learned": Variant("learned, 4 bits, tied start (published)", {"bits": 4}, {"qk_lr_scale": 1}),
     "learned-slow": Variant("learned, 4 bits, tied start, 1/30", {"bits": 4}, SLOW),
@@ -95,6 +101,7 @@ VARIANTS: dict[str, Variant] = {
         LEARNED | {"estimator": "suffix_attention"},
         SLOW,
     ),
+    "ceiling": Variant("full attention, own value", TOKEN | {"retrieve": False, "window": None}),
 }
 
 

@@ -9,11 +9,12 @@ from functools import partial
 import pytest
 import torch
 from benchmarks.addresses.halves import Given, compute_hidden, open_hidden, upper_half
+from benchmarks.addresses.table import collect, plot, render
 from benchmarks.addresses.train import Plan, Text, train_variant
 from benchmarks.addresses.variants import VARIANTS
-from tests.tuning.tiny import build, tokens
 
 from rosakit.tuning import RosaConfig, attach
+from tests.tuning.tiny import build, tokens
 
 CUT = 1
 
@@ -60,3 +61,37 @@ def test_every_variant_trains_and_reports(tmp_path, name):
     assert set(found["after"]) == ({"0", "1"} if retrieves else set())
     after = upper.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def run(variant, seed, early, late, agreement=None):
+    found = {} if agreement is None else {"0": {"next_token": agreement}}
+    return {
+        "variant": variant,
+        "seed": seed,
+        "what": variant,
+        "tokens": 1000,
+        "heldout": {"0-256": early, "256-1024": 2.0, "1024-4096": late},
+        "before": found,
+        "after": found,
+    }
+
+
+def test_the_table_compares_within_seeds(tmp_path):
+    runs = [
+        *(run("control", 0, 2.0, 1.8), run("ceiling", 0, 2.0, 1.4)),
+        *(run("control", 1, 2.1, 1.9), run("ceiling", 1, 2.0, 1.4)),
+        *(run("token", 0, 2.1, 1.7, 0.5), run("token", 1, 2.1, 1.9, 0.7)),
+    ]
+    control, token, ceiling = collect(runs)
+    assert [row["variant"] for row in (control, token, ceiling)] == ["control", "token", "ceiling"]
+    assert control["late"]["mean"] == control["net"]["mean"] == 0
+    assert ceiling["late"]["mean"] == pytest.approx(1)
+    assert token["late"]["values"] == pytest.approx([0.25, 0.0])
+    assert token["net"]["values"] == pytest.approx([0.5, 0.0])
+    assert token["after"]["next_token"] == pytest.approx([0.6])
+    text = render([control, token, ceiling])
+    assert "| `token`: token | 2 | 2.1000 | 2.0000 | 1.8000 | 12.5 ± 17.7 % |" in text
+    plot([control, token, ceiling], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+    with pytest.raises(SystemExit, match="different length"):
+        collect([*runs, run("hash", 0, 2.0, 1.8) | {"tokens": 900}])
