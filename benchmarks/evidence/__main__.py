@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,6 @@ import torch
 
 from benchmarks.evidence import collect, corpus
 from benchmarks.evidence.arms import arms
-from benchmarks.evidence.fast_lora import remove_summed_lora
 from benchmarks.evidence.measure import Tasks, measure
 from benchmarks.evidence.plan import PLAN, Planned, claimed
 from benchmarks.evidence.train import Learner, Sizes
@@ -60,16 +61,23 @@ def main(arguments: list[str] | None = None) -> int:
         model, tokenizer = _load(options)
         queue = [Planned(p.arm, p.seed, p.window, int(p.tokens * options.scale)) for p in PLAN]
         for planned in claimed(queue, options.work / "runs", began + options.seconds):
-            run(
-                planned,
-                model,
-                tokenizer,
-                options.block,
-                options.batch,
-                _tasks(options),
-                options.work,
-                began + options.seconds - 20,
-            )
+            try:
+                run(
+                    planned,
+                    model,
+                    tokenizer,
+                    options.block,
+                    options.batch,
+                    _tasks(options),
+                    options.work,
+                    began + options.seconds - 20,
+                )
+            except Exception:
+                # One arm that fails must not take the others with it; it is missing, and said to.
+                print(f"{planned.name} failed", traceback.format_exc(), flush=True)
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
     else:
         collect.collect(options.work, options.output, model=options.name)
     return 0
@@ -107,9 +115,13 @@ def run(
         tasks = dataclasses.replace(tasks, window=planned.window)
         began = time.monotonic()
         variant = measure(learner, tokenizer, heldout, tasks)
+        if arm.view.recall:
+            sample = torch.from_numpy(heldout["code"][:4].astype("int64")).to(learner.device)
+            counts = [learner.extra_keys(row[None]) for row in sample]
+            training["extra_keys"] = round(sum(counts) / len(counts), 1)
         training["seconds_measuring"] = round(time.monotonic() - began, 1)
     finally:
-        remove_summed_lora(model)
+        learner.remove()
     collect.write_run(
         target, variant, planned, training, dataclasses.asdict(sizes), dataclasses.asdict(tasks)
     )

@@ -22,6 +22,8 @@ class Arm:
         candidates: where the route's candidates come from: "match"; "own", the current token in
             every place (nothing retrieved, all parameters kept); "random", tokens from places that
             mean nothing; "near", matches inside the window only.
+        adapters: layers with adapters of bit routes beside LoRA, which also get their own value.
+        retrieve: whether those retrieve; False is their control.
         repeat: passages copied far ahead in half of the training sequences, each.
     """
 
@@ -30,18 +32,21 @@ class Arm:
     rank: int = 16
     route: int = 0
     candidates: Literal["match", "own", "random", "near"] = "match"
+    adapters: tuple[int, ...] = ()
+    retrieve: bool = True
     repeat: int = 0
 
     @property
     def trains(self) -> bool:
         """Whether anything is trained."""
-        return bool(self.rank or self.route)
+        return bool(self.rank or self.route or self.adapters)
 
 
 def arms(window: int) -> dict[str, Arm]:
     """All arms at one window, by name."""
     sinks = View(window)
-    recall = replace(sinks, recall=16)
+    recall = replace(sinks, recall=16, before=32, after=32)
+    bits = Arm("LoRA and bit routes with own value", sinks, adapters=(3, 9, 15, 21, 27))
     route = Arm("LoRA and token route", sinks, route=16)
     both = Arm("LoRA, token route and recalled spans", recall, route=16)
     return {
@@ -59,7 +64,8 @@ def arms(window: int) -> dict[str, Arm]:
         "recall": Arm("LoRA and recalled spans", recall),
         "rosa": both,
         "rosa+repeat": replace(both, what=f"{both.what}, repeated passages", repeat=2),
-        "rosa-K4": replace(both, what="the same, 4 spans", view=replace(sinks, recall=4)),
+        "rosa-span8": replace(both, what="the same, spans of 16", view=replace(sinks, recall=16)),
+        "rosa-K4": replace(both, what="the same, 4 spans", view=replace(recall, recall=4)),
         "rosa-K32": replace(
             both,
             what="the same, 32 spans of 32",
@@ -71,6 +77,8 @@ def arms(window: int) -> dict[str, Arm]:
             view=replace(recall, layers=tuple(range(0, 64, 2))),
         ),
         "rosa-rank4": replace(both, what="the same, LoRA of rank 4", rank=4),
+        "adapters-own": replace(bits, what="LoRA and own value, same parameters", retrieve=False),
+        "adapters": bits,
     }
 
 

@@ -77,7 +77,10 @@ def collect(work: Path, output: Path, *, model: str) -> dict[str, Any]:
     summary["runs"] = [
         {k: run[k] for k in ("arm", "seed")}
         | {"window": run["sizes"]["window"]}
-        | {k: run["training"].get(k) for k in ("tokens", "seconds", "seconds_measuring", "losses")}
+        | {
+            k: run["training"].get(k)
+            for k in ("tokens", "seconds", "seconds_measuring", "extra_keys", "losses")
+        }
         for run in runs
     ]
     write_json(output / "summary.json", summary)

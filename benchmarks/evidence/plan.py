@@ -31,17 +31,20 @@ class Planned(NamedTuple):
 _UNTRAINED = ("window+sinks", "full", "recall-untrained", "window")
 _MAIN = ("control", "full+trained", "rosa", "recall", "route")
 _CONTROLS = ("recall-random", "route-near", "route-random", "route-own")
-_SWEEP = ("rosa+repeat", "rosa-K32", "rosa-K4", "rosa-half", "rosa-rank4")
+_SWEEP = ("rosa+repeat", "rosa-span8", "rosa-K4", "rosa-K32", "rosa-half", "rosa-rank4")
+_BITS = ("adapters-own", "adapters")
 
 PLAN = (
     *(Planned(arm, 0) for arm in _MAIN),
     *(Planned(arm, 0) for arm in _UNTRAINED),
     *(Planned(arm, seed) for seed in (1, 2) for arm in _MAIN),
     *(Planned(arm, seed) for seed in (0, 1, 2) for arm in _CONTROLS),
+    *(Planned(arm, 0) for arm in _BITS),
     # More tokens, another window, other settings: one seed each.
     *(Planned(arm, 0, 512, 4 * TOKENS) for arm in ("control", "full+trained", "rosa")),
     *(Planned(arm, 0) for arm in _SWEEP),
     *(Planned(arm, 0, 256) for arm in ("control", "full+trained", "rosa", "route", "window+sinks")),
+    *(Planned(arm, seed) for seed in (1, 2) for arm in _BITS),
 )
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.evidence.arms import Arm
-from benchmarks.evidence.fast_lora import add_summed_lora
-from benchmarks.evidence.view import scattered, viewing
+from benchmarks.evidence.fast_lora import add_summed_lora, remove_summed_lora
+from benchmarks.evidence.view import CHUNK, Seen, scattered, viewing
 from rosakit.evaluate.scores import LabelScores, Scorer
 from rosakit.layers import TokenCandidates, TokenRoute
 from rosakit.layers.token_match import best_successors, gather_candidates
+from rosakit.tuning import RosaConfig, attach, detach, rosa_parameters
 from rosakit.tuning.loss import Head, candidate_nll, log_probs_of
 
 __all__ = ["Learner", "Sizes"]
@@ -34,7 +35,7 @@ class Sizes:
         block: tokens of a sequence.
         batch: sequences a forward pass.
         accumulate: forward passes a step.
-        lr_lora, lr_route: peak learning rates.
+        lr_lora, lr_route, lr_adapters: peak learning rates; queries and keys get a tenth.
         window: of the arm.
     """
 
@@ -44,6 +45,7 @@ class Sizes:
     accumulate: int = 2
     lr_lora: float = 1e-3
     lr_route: float = 2e-2
+    lr_adapters: float = 1e-3
     window: int = 256
 
 
@@ -74,6 +76,17 @@ class Learner:
         if self.arm.route:
             hidden = self.model.config.hidden_size
             self.route = TokenRoute(hidden, candidates=self.arm.route, device=self.device)
+        self.adapters: dict[str, nn.Parameter] = {}
+        if self.arm.adapters:
+            depth = self.model.config.num_hidden_layers
+            config = RosaConfig(
+                window=None,
+                layers=tuple(layer for layer in self.arm.adapters if layer < depth),
+                own_value=True,
+                retrieve=self.arm.retrieve,
+            )
+            attach(self.model, config)
+            self.adapters = rosa_parameters(self.model)
         weight = self.model.get_output_embeddings().weight.detach()
         self.head = Head(weight, None)
 
@@ -128,6 +141,11 @@ class Learner:
         groups = [{"params": self.lora, "lr": sizes.lr_lora}]
         if self.route is not None:
             groups.append({"params": list(self.route.parameters()), "lr": sizes.lr_route})
+        for learns_address in (False, True):
+            chosen = [p for n, p in self.adapters.items() if _is_address(n) == learns_address]
+            if chosen:
+                rate = sizes.lr_adapters * (0.1 if learns_address else 1)
+                groups.append({"params": chosen, "lr": rate})
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
         peaks = [group["lr"] for group in optimizer.param_groups]
         a_step = sizes.block * sizes.batch * sizes.accumulate
@@ -187,7 +205,24 @@ class Learner:
 
     def _trained(self) -> list[nn.Parameter]:
         own = [] if self.route is None else list(self.route.parameters())
-        return [*self.lora, *own]
+        return [*self.lora, *own, *self.adapters.values()]
+
+    def remove(self) -> None:
+        """Take off the model what was added to it."""
+        if self.adapters:
+            detach(self.model)
+        remove_summed_lora(self.model)
+
+    def extra_keys(self, ids: Tensor) -> float:
+        """Keys that a query sees beside its window and sinks, on average."""
+        if not self.arm.view.recall:
+            return 0.0
+        seen = Seen(self.arm.view, ids, torch.float32)
+        count = 0
+        for start in range(0, ids.shape[1], CHUNK):
+            near, both = (seen.bias(start, recall) for recall in (False, True))
+            count += int((both == 0).sum()) - len(ids) * int((near == 0).sum())
+        return count / ids.numel()
 
     def _feed(
         self,
@@ -244,6 +279,10 @@ class Learner:
             return {"model": LabelScores(torch.cat(logs, 1).cpu(), torch.cat(hits, 1).cpu())}
 
         return score
+
+
+def _is_address(name: str) -> bool:
+    return any(part in name for part in ("w_q", "w_k", "w_qk", "q_proj", "k_proj"))
 
 
 def _repeat(row: Any, times: int, window: int, generator: np.random.Generator) -> None:

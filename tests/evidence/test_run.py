@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 
@@ -84,6 +85,24 @@ def _needles(tokenizer, lengths, depths, **options):
 
     ids = torch.randint(3, 50, (lengths[0],), generator=torch.Generator().manual_seed(0))
     return [Needle(ids, 20, 24, 90, 94, lengths[0], depths[0], "w1")]
+
+
+def test_adapters_train_beside_lora_and_leave_no_trace(tmp_path, monkeypatch):
+    prepared(tmp_path, monkeypatch)
+    kinds = {kind: found[0] for kind, found in corpus.load(tmp_path).items()}
+    sizes = Sizes(tokens=4 * LENGTH, block=LENGTH, batch=1, accumulate=1, window=WINDOW)
+    model = texts.model()
+    names = [name for name, _ in model.named_parameters()]
+    for name in ("adapters", "adapters-own"):
+        arm = dataclasses.replace(arms(WINDOW)[name], adapters=(0, 1, 27))
+        learner = Learner(model, arm, WINDOW, seed=0)
+        before = {n: p.detach().clone() for n, p in learner.adapters.items()}
+        learner.train(kinds, sizes, 1e9)
+        moved = {n for n, p in learner.adapters.items() if not torch.equal(p, before[n])}
+        assert any("w_o." in n for n in moved)
+        assert any("w_q" in n for n in moved) == (name == "adapters")
+        learner.remove()
+        assert [n for n, _ in model.named_parameters()] == names
 
 
 def test_a_finished_run_is_kept_and_the_same_seed_gives_the_same_batches(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ def inspect(
 
     text = read_text(None, file)
     loaded, tokenizer = load_any(model, base=base, dtype=dtype, device=device)
-    settings = {"model": model, "text": str(file)}
+    settings = {"model": Path(model).name, "text": file.name}
     if not is_attached(loaded):
         config = RosaConfig(window=window, adapters=False, token_route=True)
         attach(loaded, config)

@@ -50,10 +50,10 @@ class RosaConfig:
         low=0,
     )
     recall_before: int = option(
-        8, "Tokens of a recalled span before what followed the match.", low=0
+        32, "Tokens of a recalled span before what followed the match.", low=0
     )
     recall_after: int = option(
-        8, "Tokens of a recalled span from what followed the match on.", low=1
+        32, "Tokens of a recalled span from what followed the match on.", low=1
     )
     recall_offload: bool = option(
         False, "Keep the keys and values beyond the window in host memory; only recalled ones move."

@@ -1,0 +1,70 @@
+"""The summary of the evidence as Markdown tables, for the documentation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["markdown"]
+
+TASKS = ("niah", "niah_paraphrase", "niah_multi", "niah_confusable", "mqar", "copying_code")
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """Tables of perplexity, share of the gap, and recall, a window each."""
+    parts = []
+    for window, found in summary["windows"].items():
+        arms = found["arms"]
+        for kind in next(iter(arms.values()))["perplexity"]:
+            parts += [f"**{kind}, window {window}**", "", *_perplexity(arms, kind), ""]
+        parts += [f"**recall beyond the window of {window}**", "", *_recall(arms), ""]
+    return "\n".join(parts)
+
+
+def _perplexity(arms: Mapping[str, Any], kind: str) -> list[str]:
+    labels = list(dict.fromkeys(k for arm in arms.values() for k in arm["perplexity"][kind]))
+    head = ["arm", *(label.replace("-", "–") for label in labels), "gap closed, late", "seeds"]
+    rows = []
+    for name, arm in arms.items():
+        cells = [_shown(arm["perplexity"][kind].get(label), 2) for label in labels]
+        share = arm["gap_closed"].get(kind)
+        rows.append([name, *cells, _shown(share, 0, 100, "%"), _seeds(arm)])
+    return _table(head, rows)
+
+
+def _recall(arms: Mapping[str, Any]) -> list[str]:
+    tasks = [t for t in TASKS if any(t in arm["recall_beyond_window"] for arm in arms.values())]
+    rows = [
+        [name, *(_shown(arm["recall_beyond_window"].get(t), 0, 100, "%") for t in tasks)]
+        for name, arm in arms.items()
+    ]
+    return _table(["arm", *(t.replace("_", ", ") for t in tasks)], rows)
+
+
+def _seeds(arm: Mapping[str, Any]) -> str:
+    return str(len(arm["seeds"])) if arm["seeds"] else "untrained"
+
+
+def _shown(value: Mapping[str, Any] | None, digits: int, scale: float = 1, unit: str = "") -> str:
+    """Mean and sample standard deviation."""
+    if value is None:
+        return ""
+    text = f"{scale * value['mean']:.{digits}f}{unit}"
+    if value["sd"] is not None and scale * value["sd"] >= 0.5 * 10**-digits:
+        text += f" ± {scale * value['sd']:.{digits}f}"
+    return text
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
