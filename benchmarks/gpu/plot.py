@@ -21,6 +21,7 @@ ATTENTION = {"windowed": ("#d62728", "-"), "full": ("#7f7f7f", "--")}
 
 def series(rows: list[dict[str, Any]], field: str, **where: str) -> tuple[list[int], list[float]]:
     chosen = [r for r in rows if all(r[k] == v for k, v in where.items()) and field in r]
+    chosen.sort(key=lambda r: r["T"])
     return [r["T"] for r in chosen], [r[field] for r in chosen]
 
 
