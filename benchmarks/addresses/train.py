@@ -20,8 +20,8 @@ from rosakit.tuning.loss import Head, LossModel, log_probs_of
 from rosakit.tuning.modules import decoder_of
 from rosakit.tuning.result import set_trainable
 from rosakit.tuning.settings import TuneConfig
+from rosakit.tuning.stages import parameter_groups
 from rosakit.tuning.teaching import AddressTeacher
-from rosakit.tuning.trainer import parameter_groups
 
 EDGES = (0, 256, 1024, 4096)
 

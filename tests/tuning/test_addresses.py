@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -23,9 +24,11 @@ from rosakit.tuning import (
 from rosakit.tuning.attach import controller_of
 from rosakit.tuning.loss import LossModel, find_head
 from rosakit.tuning.modules import decoder_of
+from rosakit.tuning.stages import parameter_groups
 from rosakit.tuning.teaching import AddressTeacher
-from rosakit.tuning.trainer import parameter_groups
+from rosakit.tuning.train import tune
 from tests.tuning.test_cache import in_chunks
+from tests.tuning.texts import corpus, model, tokenizer
 from tests.tuning.tiny import attached, build, pad_rows, positions_of, tokens
 
 KINDS = {
@@ -225,3 +228,68 @@ def test_the_teacher_is_the_plain_model_with_full_attention():
 def test_address_losses_that_teach_nobody_are_refused(rosa, message):
     with pytest.raises(InvalidInputError, match=message):
         TuneConfig(rosa=RosaConfig(**rosa), address_loss="teacher")
+
+
+# Health while tuning.
+
+
+def tune_run(output, rosa, **options):
+    config = TuneConfig(
+        output=output,
+        rosa=rosa,
+        length=96,
+        steps=4,
+        batch_size=2,
+        log_every=2,
+        save_every=0,
+        eval_blocks=2,
+        device="cpu",
+        **options,
+    )
+    return tune(config, model=model(), tokenizer=tokenizer(), documents=corpus(), show=False)
+
+
+SMALL = {"window": 16, "sink_tokens": 2, "layers": (0, 1), "token_route": False}
+
+
+def logged(result, name):
+    return [entry[name] for entry in result.metrics["history"] if name in entry]
+
+
+def test_tune_warns_of_drifting_addresses_and_logs_them(tmp_path):
+    ill = RosaConfig(tied_start=False, bits=4, **SMALL)
+    with pytest.warns(RuntimeWarning, match="layer 0 .*share one projection") as seen:
+        result = tune_run(tmp_path / "ill", ill)
+    drifting = [w for w in seen if "agree in" in str(w.message)]
+    assert len(drifting) == 1  # not at every step, nor for every layer
+    assert logged(result, "fault_drifting") == [1.0, 1.0]
+    assert logged(result, "faults") == [1.0, 1.0]
+    assert max(logged(result, "qk_agreement")) < 0.6
+    assert result.metrics["health"]["fault_drifting"] == 1.0
+
+
+def test_tune_is_silent_about_healthy_addresses(tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="rosakit: layer")
+        result = tune_run(tmp_path / "well", RosaConfig(bits=2, shared_qk=True, **SMALL))
+    assert logged(result, "faults") == [0.0, 0.0]
+    assert logged(result, "qk_agreement") == [1.0, 1.0]
+    assert all(1.9 < value < 2.1 for value in logged(result, "levels"))
+
+
+def test_tune_teaches_addresses(tmp_path):
+    rosa = RosaConfig(address="hash", hash_refine=True, shared_qk=True, bits=8, **SMALL)
+    options = {"address_loss": "next_token", "address_samples": 24, "qk_lr_scale": 1.0}
+    result = tune_run(tmp_path / "taught", rosa, **options)
+    assert len(logged(result, "address_loss")) == 2
+    plain = tune_run(tmp_path / "plain", rosa, qk_lr_scale=1.0)
+    assert not logged(plain, "address_loss")
+    q = {i: a.q_proj for i, a in adapters_of(result.model).items()}
+    other = {i: a.q_proj for i, a in adapters_of(plain.model).items()}
+    assert all(
+        not torch.equal(a, b)
+        for i in q
+        for a, b in zip(q[i].parameters(), other[i].parameters(), strict=True)
+    )
+    control = tune_run(tmp_path / "control", rosa, control=True, **options)
+    assert not logged(control, "address_loss")
