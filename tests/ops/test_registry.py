@@ -85,3 +85,28 @@ def test_a_schedule_is_a_function_of_the_step():
 def test_a_name_is_taken_once():
     with pytest.raises(InvalidInputError, match="registered already"):
         registry.register("bitflip")(lambda *a, **k: None)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_routes_share_value_heads(name):
+    """Like a value tensor with repeated heads; a head's gradient is the sum over its routes."""
+    q, k, v, e0, e1 = example()
+    options = {"bits": 2, "estimator": name, **OPTIONS.get(name, {})}
+    heads = v[..., :4].clone().requires_grad_()  # 2 heads of 2 bits for 4 routes
+    wide = heads.detach().unflatten(2, (2, 2)).repeat_interleave(2, 2).flatten(2).requires_grad_()
+    got = rosa(q.requires_grad_(), k, heads, e0, e1, value_groups=2, **options)
+    expected = rosa(q, k, wide, e0, e1, **options)
+    assert torch.equal(got, expected)
+    slope = torch.randn(got.shape, generator=torch.Generator().manual_seed(2))
+    (one,) = torch.autograd.grad(got, heads, slope)
+    (each,) = torch.autograd.grad(expected, wide, slope)
+    torch.testing.assert_close(one, each.unflatten(2, (2, 2, 2)).sum(3).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"), [(3, "must divide the number of routes"), (2, "v must have shape")]
+)
+def test_value_heads_that_do_not_fit(groups, said):
+    q, k, v, e0, e1 = example()
+    with pytest.raises(InvalidInputError, match=said):
+        rosa(q, k, v, e0, e1, bits=2, value_groups=groups)

@@ -11,6 +11,7 @@ from rosakit.errors import InvalidInputError, InvalidTypeError
 from rosakit.ops import ahead, segments
 from rosakit.ops.ahead import Ahead
 from rosakit.ops.estimators import registry
+from rosakit.ops.estimators.suffix_attention import share_values
 from rosakit.ops.match import check_options as check_match_options
 from rosakit.ops.retrieve import check_values
 from rosakit.types import Backend, Granularity, Match, Successor, Unmatched
@@ -62,6 +63,7 @@ def rosa(
     segment_starts: Tensor | None = None,
     backend: Backend = "auto",
     given: Ahead | None = None,
+    value_groups: int = 1,
     return_match: bool = False,
     **estimator_options: Any,
 ) -> Tensor | tuple[Tensor, Match]:
@@ -92,6 +94,8 @@ def rosa(
         backend: "auto", "cpu", "cuda", "pipeline" or "oracle".
         given: the match of these very `q` and `k` under these options, begun earlier with
             `rosakit.ops.ahead.begin`; estimator "counterfactual" only.
+        value_groups: this many neighbouring routes read one value head: `v` is then
+            ``[B, T, C / value_groups]``, and the gradient of a head is the sum over its routes.
         return_match: also return the `Match` that was read.
         **estimator_options: options of the estimator.
 
@@ -102,6 +106,7 @@ def rosa(
         InvalidTypeError: a dtype does not fit.
         InvalidInputError: a shape, option or mask does not fit.
     """
+    v = _shared_values(q, v, value_groups, bits)
     if not q.shape == k.shape == v.shape:
         raise InvalidInputError(
             f"q, k and v must have one shape [B, T, C]; got {list(q.shape)}, {list(k.shape)} "
@@ -150,3 +155,20 @@ def rosa(
         **estimator_options,
     )
     return (y, match) if return_match else y
+
+
+def _shared_values(q: Tensor, v: Tensor, groups: int, bits: int) -> Tensor:
+    """Value heads repeated for the routes that read them."""
+    if groups == 1:
+        return v
+    routes = q.shape[-1] // bits
+    if groups < 1 or routes % groups:
+        raise InvalidInputError(
+            f"value_groups must divide the number of routes ({routes}), got {groups}"
+        )
+    if v.dim() != 3 or v.shape[-1] * groups != q.shape[-1]:
+        raise InvalidInputError(
+            f"with value_groups={groups}, v must have shape [B, T, {q.shape[-1] // groups}], "
+            f"got {list(v.shape)}"
+        )
+    return share_values(v, groups, bits)
