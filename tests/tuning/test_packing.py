@@ -31,7 +31,7 @@ def blocks(documents, length=32, **options):
 
 def test_long_documents_keep_their_blocks_and_the_rest_is_shared():
     documents = [np.arange(n, dtype=np.int32) for n in (25, 3, 10, 9)]
-    found = cut_pieces(documents, 10)
+    found = list(cut_pieces(documents, 10))
     assert [[(p.document, len(p.tokens)) for p in block] for block in found] == [
         [(0, 10)],
         [(0, 10)],

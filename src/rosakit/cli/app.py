@@ -61,6 +61,10 @@ def tune(
     ] = None,
     *,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print parameters, memory, steps and time; train nothing."),
+    ] = False,
     flags: dict[str, Any],
 ) -> None:
     """Train a long-range memory for a pretrained model on local text.
@@ -73,6 +77,11 @@ def tune(
     run = merge({} if config is None else load_config(config), flags)
     if not run.model:
         raise InvalidInputError("no model: give --model, or a configuration file with one")
+    if dry_run:
+        from rosakit.tuning.plan import plan_run
+
+        typer.echo("\n".join(plan_run(run).lines()))
+        return
     from rosakit.tuning.result import RUN_FILE
     from rosakit.tuning.train import tune as train
 

@@ -67,6 +67,11 @@ class DataConfig:
     max_documents: int | None = option(
         None, "Read at most this many documents; none for all.", low=1
     )
+    streaming: bool = option(
+        False,
+        "Read texts while training instead of all of them first, for data larger than memory; "
+        "needs steps or tokens.",
+    )
     isolate: bool = option(
         True, "Keep documents that share a block apart: attention and memory stop at boundaries."
     )
@@ -121,6 +126,31 @@ def read_documents(config: DataConfig) -> Documents:
     return Documents(train, heldout, reader.skipped)
 
 
+def stream_documents(config: DataConfig) -> Iterator[Document]:
+    """The sources' documents one by one, as they are read, those held out included.
+
+    Raises:
+        DataError: a source that is missing or cannot be decoded; no document at all.
+    """
+    reader, count = _Reader(config), 0
+    for source in config.sources:
+        for document in reader.documents(source):
+            yield document
+            count += 1
+            if config.max_documents is not None and count >= config.max_documents:
+                return
+    if not count:
+        raise DataError(
+            f"{', '.join(config.sources) or 'no source'} holds no text that could be read; give "
+            "UTF-8 text, or name other file types with extensions"
+        )
+
+
+def is_held_out(document: Document, share: float) -> bool:
+    """Whether the hash of a text falls into the held-out share."""
+    return _digest(document) < int(share * 2**64)
+
+
 def split_documents(
     documents: Sequence[Document], share: float
 ) -> tuple[list[Document], list[Document]]:
@@ -173,7 +203,7 @@ class _Reader:
         limit = self.config.max_documents
         for source in sources:
             before = len(out)
-            for document in self._source(source):
+            for document in self.documents(source):
                 out.append(document)
                 if limit is not None and len(out) >= limit:
                     return out
@@ -185,7 +215,8 @@ class _Reader:
                 )
         return out
 
-    def _source(self, source: str) -> Iterator[Document]:
+    def documents(self, source: str) -> Iterator[Document]:
+        """The documents of one source, read one after the other."""
         if source.startswith(HUB_PREFIX):
             yield from self._hub(source)
             return
@@ -282,7 +313,9 @@ class _Reader:
         name, _, rest = source.removeprefix(HUB_PREFIX).partition(":")
         subset, _, split = rest.partition(":")
         try:
-            table = datasets.load_dataset(name, subset or None, split=split or "train")
+            table = datasets.load_dataset(
+                name, subset or None, split=split or "train", streaming=self.config.streaming
+            )
         except Exception as error:  # `datasets` documents no common base of its errors
             raise DataError(
                 f"cannot load {source}: {str(error).splitlines()[0] if str(error) else error!r}. "

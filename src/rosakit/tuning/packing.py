@@ -10,7 +10,7 @@ block and go on from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ __all__ = [
     "Piece",
     "collate",
     "cut_pieces",
+    "lay_out",
     "repeat_passages",
     "tokenize",
 ]
@@ -86,29 +87,30 @@ def tokenize(
     return out
 
 
-def cut_pieces(documents: Sequence[Tokens], length: int) -> list[Block]:
+def cut_pieces(documents: Iterable[Tokens], length: int) -> Iterator[Block]:
     """Lay documents out in blocks of exactly `length` tokens; an incomplete last block is dropped.
 
     Args:
         documents: token ids of each document.
         length: tokens a block.
+
+    Yields:
+        Each block as soon as its last document was read.
     """
-    blocks: list[Block] = []
     shared: Block = []
     room = length
     for index, tokens in enumerate(documents):
         whole = len(tokens) // length * length
         for begin in range(0, whole, length):
-            blocks.append([Piece(index, tokens[begin : begin + length])])
+            yield [Piece(index, tokens[begin : begin + length])]
         rest = tokens[whole:]
         while len(rest):
             piece, rest = rest[:room], rest[room:]
             shared.append(Piece(index, piece))
             room -= len(piece)
             if room == 0:
-                blocks.append(shared)
+                yield shared
                 shared, room = [], length
-    return blocks
 
 
 def repeat_passages(block: Block, length: int, mean: int, generator: np.random.Generator) -> Block:
@@ -187,7 +189,7 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         total = sum(map(len, tokens))
         if shrink and 2 <= total < self.source_length:
             self.length = self.source_length = total
-        self.blocks = cut_pieces(tokens, self.source_length)
+        self.blocks = list(cut_pieces(tokens, self.source_length))
         if not self.blocks:
             raise DataError(
                 f"the data has {total} tokens, fewer than one block of {self.source_length}; add "
@@ -212,7 +214,7 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         if self.source_length < self.length:
             generator = np.random.default_rng([self.seed, 2, index])
             block = repeat_passages(block, self.length, self.config.repeat_length, generator)
-        return _lay_out(block, self.config.isolate)
+        return lay_out(block, self.config.isolate)
 
     def _order(self, turn: int) -> npt.NDArray[np.int64]:
         """Order of the blocks in one pass; kept until another pass is asked for."""
@@ -224,7 +226,8 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         return self._permutation
 
 
-def _lay_out(block: Block, isolate: bool) -> dict[str, Tensor]:
+def lay_out(block: Block, isolate: bool) -> dict[str, Tensor]:
+    """The tensors of a block, see `PackedBlocks`."""
     ids = np.concatenate([p.tokens for p in block]).astype(np.int64)
     sizes = [len(p.tokens) for p in block] if isolate else [len(ids)]
     position = np.concatenate([np.arange(n) for n in sizes])

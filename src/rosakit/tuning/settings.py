@@ -142,6 +142,10 @@ class TuneConfig:
             )
         if self.patience and not self.eval_every:
             raise InvalidInputError("patience counts held-out losses; set eval_every as well")
+        if self.data.streaming and self.steps is None and self.tokens is None:
+            raise InvalidInputError(
+                "streamed data has no known length; say how long to train with tokens or steps"
+            )
         if self.steps is not None and self.tokens is not None:
             raise InvalidInputError("give steps or tokens, not both")
         if self.estimator_schedules:

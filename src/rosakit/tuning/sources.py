@@ -15,7 +15,7 @@ import torch
 
 from rosakit.errors import InvalidInputError, UnsupportedModelError
 
-__all__ = ["load_model", "load_tokenizer", "pick_device", "pick_dtype"]
+__all__ = ["load_model", "load_skeleton", "load_tokenizer", "pick_device", "pick_dtype"]
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
@@ -107,6 +107,23 @@ def load_model_config(model: str | os.PathLike[str], gguf_file: str | None = Non
 
     source, gguf_file = _locate(model, gguf_file)
     return _pretrained(AutoConfig, source, {} if gguf_file is None else {"gguf_file": gguf_file})
+
+
+def load_skeleton(
+    model: str | os.PathLike[str], *, gguf_file: str | None = None, dtype: torch.dtype | None = None
+) -> Any:
+    """The model of `load_model` on the meta device: its shapes without its weights.
+
+    Raises:
+        InvalidInputError, UnsupportedModelError: as `load_model`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, gguf_file = _locate(model, gguf_file)
+    options = {} if gguf_file is None else {"gguf_file": gguf_file}
+    config = _pretrained(AutoConfig, source, options)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def load_tokenizer(model: str | os.PathLike[str], *, gguf_file: str | None = None) -> Any:

@@ -20,7 +20,7 @@ from rosakit.errors import CheckpointError, InvalidInputError
 from rosakit.files import atomic_write
 from rosakit.tuning.attach import attach, is_attached
 from rosakit.tuning.card import write_card
-from rosakit.tuning.data import Document, Documents, read_documents
+from rosakit.tuning.data import Documents, read_documents
 from rosakit.tuning.lora import add_lora, lora_parameters
 from rosakit.tuning.loss import LossModel, find_head
 from rosakit.tuning.packing import PackedBlocks
@@ -32,6 +32,7 @@ from rosakit.tuning.schedules import read_schedules
 from rosakit.tuning.sealed import FREE
 from rosakit.tuning.settings import TuneConfig
 from rosakit.tuning.sources import load_model
+from rosakit.tuning.streamed import StreamedBlocks, held_out, sources_digest
 from rosakit.tuning.teaching import AddressTeacher
 from rosakit.tuning.trainer import RosaTrainer, StopCallback, last_checkpoint, verify_checkpoint
 
@@ -93,7 +94,7 @@ def tune(
     output = Path(config.output)
     checkpoint = _resumable(config)
     if documents is None:
-        documents = read_documents(config.data)
+        documents = _documents(config)
     _make_folder(output)
     if model is None:
         model, tokenizer = load_model(
@@ -102,7 +103,7 @@ def tune(
     elif tokenizer is None:
         raise InvalidInputError("tune was given a model without its tokenizer; pass both")
     train_blocks, eval_blocks, steps = _blocks(config, documents, tokenizer, show)
-    identity = _identity(config, documents.train)
+    identity = _identity(config, documents)
     if checkpoint is not None:
         verify_checkpoint(checkpoint, identity)
 
@@ -203,10 +204,16 @@ def _make_folder(output: Path) -> None:
 
 def _blocks(
     config: TuneConfig, documents: Documents, tokenizer: Any, show: bool
-) -> tuple[PackedBlocks, PackedBlocks | None, int]:
+) -> tuple[PackedBlocks | StreamedBlocks, PackedBlocks | None, int]:
     """Training blocks, held-out blocks and the number of steps."""
     fixed = config.steps is not None or config.tokens is not None
     a_step = config.batch_size * config.accumulate * processes()
+    if not documents.train:
+        steps = config.total_steps(0, processes())
+        streamed = StreamedBlocks(
+            config.data, tokenizer, config.length, count=steps * a_step, seed=config.seed
+        )
+        return streamed, _heldout_blocks(config, documents, tokenizer), steps
     with counting("tokenising", show) as progress:
         train = PackedBlocks(
             documents.train,
@@ -219,8 +226,14 @@ def _blocks(
         )
     steps = config.total_steps(len(train), processes())
     train.count = steps * a_step
+    return train, _heldout_blocks(config, documents, tokenizer), steps
+
+
+def _heldout_blocks(
+    config: TuneConfig, documents: Documents, tokenizer: Any
+) -> PackedBlocks | None:
     if not documents.heldout:
-        return train, None, steps
+        return None
     # Held-out blocks are never augmented: they measure natural text.
     data = type(config.data)(sources=config.data.sources, isolate=config.data.isolate)
     heldout = PackedBlocks(
@@ -233,17 +246,26 @@ def _blocks(
         shrink=True,
     )
     heldout.count = min(heldout.count, len(heldout.blocks))
-    return train, heldout, steps
+    return heldout
 
 
-def _identity(config: TuneConfig, documents: Sequence[Document]) -> dict[str, Any]:
+def _documents(config: TuneConfig) -> Documents:
+    """The texts; of a stream only those that are measured on."""
+    if not config.data.streaming:
+        return read_documents(config.data)
+    return Documents([], held_out(config.data, 8 * config.eval_blocks * config.length), 0)
+
+
+def _identity(config: TuneConfig, documents: Documents) -> dict[str, Any]:
     """What two parts of one run have in common: all that decides its numbers."""
     values = {name: v for name, v in located(config).items() if name not in FREE}
     digest = hashlib.sha256()
-    for document in documents:
+    for document in documents.train:
         digest.update(hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest())
     values["processes"] = processes()
     values["data_digest"] = digest.hexdigest()
+    if not documents.train:
+        values["data_digest"] = sources_digest(config.data)
     # As JSON reads it back: tuples become lists.
     found: dict[str, Any] = json.loads(json.dumps(values))
     return found
@@ -276,7 +298,7 @@ def _metrics(
         "heldout_loss": evaluated[-1] if evaluated else None,
         "health": trainer.accelerator.unwrap_model(trainer.model).health,
         "documents": {
-            "train": len(documents.train),
+            "train": len(documents.train) or "streamed",
             "heldout": len(documents.heldout),
             "skipped": documents.skipped,
         },
