@@ -85,17 +85,11 @@ def _agree(rows: list[dict[str, Any]]) -> str:
 
 
 def _cost(rows: list[dict[str, Any]]) -> str:
-    body = [
-        [
-            f"`{r['variant']}`",
-            str(r["length"]),
-            str(r["routes"]),
-            f"{r['milliseconds']:.2f}",
-            f"{r['peak_bytes'] / 2**20:.0f}",
-        ]
-        for r in rows
-        if "error" not in r
-    ]
+    body = []
+    for row in (r for r in rows if "error" not in r):
+        peak = "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
+        size = [f"`{row['variant']}`", str(row["length"]), str(row["routes"])]
+        body.append([*size, f"{row['milliseconds']:.2f}", peak])
     return _lines(["variant", "T", "routes", "ms", "peak MiB"], body)
 
 

@@ -99,6 +99,18 @@ def test_converges_to_the_hard_forward(estimator, mode, align):
         assert error[0] > error[1]
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("length", [24, 100, 250])
+def test_the_temperature_that_convergence_takes(estimator, length):
+    """tau = 1 / (20 (T + 1)): scores are 20 apart, outputs within 1e-6 (docs: soft.md)."""
+    inputs = example(length, 2, 3, seed=length)
+    hard = rosa(*inputs, bits=3)
+    soft = rosa(*inputs, bits=3, estimator=estimator, tau=1 / (20 * (length + 1)))
+    assert (soft - hard).abs().max() < 1e-6
+    loose = rosa(*inputs, bits=3, estimator=estimator, tau=1 / (length + 1))
+    assert (loose - hard).abs().max() > 1e-6
+
+
 @pytest.mark.parametrize("unmatched", ["zero", "self"])
 def test_hard_mode_is_the_hard_operator(unmatched):
     q, k, v, e0, e1 = (x.requires_grad_() for x in example(40, 2, 2))
