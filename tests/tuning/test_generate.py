@@ -128,3 +128,20 @@ def test_embeddings_alone_are_refused_where_ids_are_needed():
     for options in ({"token_route": True}, {"address": "token"}):
         with pytest.raises(InvalidInputError, match="pass input_ids instead"):
             attached(**options)(inputs_embeds=embeds)
+
+
+@torch.no_grad()
+def test_a_compiled_forward_generates_alike():
+    """Caches and memories are graph breaks; what lies between them is compiled."""
+    model, ids = attached(token_route=True), tokens(1, 20)
+    wanted = model.generate(ids, do_sample=False, **NEW)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(model.generate(ids, do_sample=False, **NEW), wanted)
+
+
+@torch.no_grad()
+def test_contrastive_search_is_refused():
+    """transformers moved it to a repository of code that it would have to trust."""
+    with pytest.raises(ValueError, match="Contrastive Search requires"):
+        attached().generate(tokens(1, 20), penalty_alpha=0.6, top_k=4, **NEW)

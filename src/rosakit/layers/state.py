@@ -84,6 +84,7 @@ class AdapterState:
         """Bytes held: automata and value bits."""
         return self.values.nbytes + (0 if self.memory is None else self.memory.nbytes)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def extend(
         self,
         channels: list[Tensor],
@@ -228,6 +229,7 @@ class TokenState:
         """Bytes held: automaton and token ids."""
         return int(self.memory.nbytes) + self.tokens.nbytes
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def extend(self, input_ids: Tensor, mask: Tensor | None) -> tuple[Match, TokenCandidates]:
         """Match this chunk ``[B, n]``.
 

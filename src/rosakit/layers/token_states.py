@@ -38,6 +38,7 @@ class RecentTokens:
         """Bytes held."""
         return self.tokens.nbytes
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def extend(self, input_ids: Tensor, mask: Tensor | None, reach: int) -> Tensor:
         """Remember a chunk ``[B, n]``; each position's last `reach` tokens.
 
@@ -85,6 +86,7 @@ class CodeState:
         """Bytes held."""
         return int(self.memory.nbytes)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def extend(self, codes: Tensor, mask: Tensor | None) -> Match:
         """Match a chunk of codes ``[B, R, n]`` and remember it; the match is in host memory."""
         stream = codes.cpu().numpy()
@@ -118,6 +120,7 @@ class FarState:
         """Bytes held."""
         return int(self.memory.nbytes) + self.tokens.nbytes
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def extend(self, input_ids: Tensor, mask: Tensor | None) -> Match:
         """Match a chunk ``[B, n]`` and remember it: ``[B, 1, n]`` in host memory."""
         stream: Array = input_ids.to("cpu", torch.int32).numpy()[:, None]

@@ -58,6 +58,7 @@ class SinkWindowLayer(DynamicLayer):  # type: ignore[misc]
         """Keep what `crop` may need again until it is called."""
         self.index.record_past = True
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -197,6 +198,7 @@ class RecallLayer(GlobalLayer):
         self.values: Any = None
         self.is_initialized: bool = False
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -297,6 +297,7 @@ class RosaController(nn.Module):
             context.recall = Recall(plan, self._spans(recalled, own, starts), lambda: own)
         return context
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _chunk(
         self,
         ids: Tensor | None,
