@@ -2,6 +2,7 @@
 
     python -m benchmarks.estimators fit|mqar|synonyms|count|agree|cost --out estimators.json
     python -m benchmarks.estimators merge --out docs/results/estimators.json --files A.json B.json
+    python -m benchmarks.estimators table --out docs/results/estimators.json
     python -m benchmarks.estimators plot --out docs/results/estimators.json
 
 `--small` runs the same code in seconds on a CPU. Results of a part replace that part of the file;
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=[*PARTS, "merge", "plot"])
+    parser.add_argument("part", choices=[*PARTS, "merge", "table", "plot"])
     parser.add_argument("--files", nargs="+", type=Path, default=[], help="what is merged")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--device", choices=["cpu", "cuda"])
@@ -43,6 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         for path in plot(results.read(args.out)["parts"], args.out):
             print(path)
+        return 0
+    if args.part == "table":
+        for name, part in results.read(args.out)["parts"].items():
+            print(f"{name}: {part['environment']['date']}\n\n{table(name, part['rows'])}\n")
         return 0
     if args.part == "merge":
         results.merge(args.out, args.files)

@@ -34,7 +34,7 @@ def run(variant: str, stream: str, seed: int, *, length: int, device: str) -> di
 
 
 def cost(variant: str, *, length: int, routes: int, device: str) -> dict[str, Any]:
-    """Milliseconds of forward + backward (median of 3), and on a GPU peak memory above the inputs."""
+    """Milliseconds of forward + backward (median of 3); on a GPU also the peak above the inputs."""
     chosen = VARIANTS[variant]
     inputs = example("random", 0, length, routes * 4, device)
     slope = torch.ones_like(inputs[0])

@@ -122,6 +122,9 @@ def test_parts_run_and_are_stored(part, tmp_path, capsys, monkeypatch):
     assert main([other, "--out", str(second), *common[2:], "--variants", "counterfactual"]) == 0
     assert main(["merge", "--out", str(out), "--files", str(second)]) == 0
     assert json.loads(out.read_text())["parts"].keys() == {part, other}
+    capsys.readouterr()
+    assert main(["table", "--out", str(out)]) == 0
+    assert table(part, content["rows"]) in capsys.readouterr().out
     assert main(["plot", "--out", str(out)]) == 0
     assert list(tmp_path.glob("estimators*.png"))
 
