@@ -11,6 +11,7 @@ from torch import Tensor
 from rosakit.cuda import compile
 from rosakit.errors import InvalidInputError, InvalidTypeError
 
+_SOURCES = ("rank.cuh", "chains.cuh", "level.cuh", "levels.cuh", "walk.cuh", "match.cu")
 _UNLIMITED = 0xFFFFFFFF
 _SUPERBLOCKS = 128  # as in rank.cuh
 _CONTROL_BYTES = 384
@@ -210,7 +211,7 @@ def _launch(
         sources, name = ("rank.cuh", "runs.cu"), "suffix_match_runs"
     else:
         chosen = wide_plan(length, wide) if wide else plan(length, flips, shared_limit)
-        sources, name = ("rank.cuh", "chains.cuh", "level.cuh", "match.cu"), "suffix_match"
+        sources, name = _SOURCES, "suffix_match"
     macros = {
         "CF": flips,
         "THREADS": chosen.threads,

@@ -3,6 +3,8 @@
 #include "rank.cuh"
 #include "chains.cuh"
 #include "level.cuh"
+#include "levels.cuh"
+#include "walk.cuh"
 #include "match.cu"
 
 extern "C" void emulate_match(const Symbol* q, const Symbol* k, const int* segments, int* position,
