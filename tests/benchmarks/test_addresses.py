@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from benchmarks.addresses.coverage import measure
 from benchmarks.addresses.halves import Given, compute_hidden, open_hidden, upper_half
 from benchmarks.addresses.table import collect, plot, render
 from benchmarks.addresses.train import Plan, Text, train_variant
@@ -95,3 +96,14 @@ def test_the_table_compares_within_seeds(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5000
     with pytest.raises(SystemExit, match="different length"):
         collect([*runs, run("hash", 0, 2.0, 1.8) | {"tokens": 900}])
+
+
+def test_coverage_counts_what_is_right():
+    ids = torch.arange(7).repeat(300)[None, :2000]  # period 7: every match is right
+    rows = {row["address"]: row for row in measure(ids, 50)}
+    assert rows["token match, candidate 1"]["hit"] == 1
+    assert rows["token match, candidate 1"]["beyond"] == 0
+    assert rows["token match, candidate 2"]["rate"] == 0
+    assert rows["token match at least 50 back"]["hit"] == 1
+    assert rows["token match at least 50 back"]["beyond"] == 1
+    assert rows["8-bit hash of 3 tokens, 2 alike in a row"]["right"] == 1
