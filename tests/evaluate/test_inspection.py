@@ -72,14 +72,29 @@ def test_layers_show_their_routes_and_what_they_agree_on():
     assert found.base_log_prob == []
 
 
+def test_recalled_spans_are_shown():
+    model = prepared(adapters=False, recall=2, recall_before=1, recall_after=1)
+    tokenizer = texts.tokenizer()
+    found = inspect_text(model, tokenizer, TEXT)
+    assert [(t.name, t.kind) for t in found.traces] == [
+        ("recalled span 1", "span"),
+        ("recalled span 2", "span"),
+    ]
+    ids = torch.tensor([tokenizer(TEXT, add_special_tokens=False).input_ids])
+    match = suffix_match(ids[:, None], ids[:, None])
+    assert found.traces[0].position == match.position[0, 0].tolist()
+    assert found.health["recalled spans"]["key_token"] == 1.0
+    assert found.base_log_prob == []
+
+
 def test_long_texts_are_cut_and_nothing_to_show_is_said():
     model = prepared(adapters=False, token_route=True)
     assert len(inspect_text(model, texts.tokenizer(), TEXT, max_tokens=7).tokens) == 7
     with pytest.raises(InvalidInputError, match="1 tokens, inspect needs at least 2"):
         inspect_text(model, texts.tokenizer(), "w1")
     bare = attach(build(depth=2), RosaConfig(window=4, adapters=False))
-    with pytest.raises(InvalidInputError, match="neither a token route nor adapters"):
+    with pytest.raises(InvalidInputError, match="neither a token route nor recalled spans"):
         inspect_text(bare, texts.tokenizer(), TEXT)
     control = prepared(retrieve=False)
-    with pytest.raises(InvalidInputError, match="neither a token route nor adapters"):
+    with pytest.raises(InvalidInputError, match="neither a token route nor recalled spans"):
         inspect_text(control, texts.tokenizer(), TEXT)

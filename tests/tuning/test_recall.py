@@ -185,6 +185,12 @@ def test_places_stay_inside_the_document():
     assert places[0].tolist() == [[-1, -1, -1, -1], [-1, 0, 1, 2], [-1, 4, 5, 6]]
 
 
+@pytest.mark.parametrize("length", [1, 5, 7])
+def test_what_fits_into_the_window_is_the_models_own(length):
+    ids = tokens(2, length, kinds=3)
+    assert torch.allclose(run(recalling(), ids), run(build(), ids), atol=1e-6)
+
+
 def test_recall_needs_a_window():
     with pytest.raises(InvalidInputError, match="adds to a window and there is none"):
         RosaConfig(window=None, recall=2)

@@ -14,7 +14,7 @@ from rosakit.errors import InvalidInputError
 from rosakit.evaluate.scores import device_of, evaluating, score_labels
 from rosakit.layers import RosaAdapter, RosaContext, TokenCandidates
 from rosakit.tuning.attach import adapters_of, config_of, controller_of, record_matches
-from rosakit.tuning.health import layer_health, token_route_health
+from rosakit.tuning.health import layer_health, match_health, token_route_health
 from rosakit.types import Match
 
 __all__ = ["Inspection", "Trace", "inspect_text"]
@@ -26,11 +26,11 @@ class Trace:
 
     Attributes:
         name: such as "token route, candidate 1", "layer 5" or "layer 5, route 3".
-        kind: "candidate" (one of the token route), "layer" (what most of its routes agree on) or
-            "route" (a single route of an adapter).
+        kind: "candidate" (one of the token route), "span" (recalled into the window), "layer"
+            (what most of its routes agree on) or "route" (a single route of an adapter).
         position: index of the token that was read, -1 for none, ``[T]``.
         length: match length in symbols, 0 for none, ``[T]``.
-        weight: gate of a candidate, share of a layer's routes that agree; 1 for a route, ``[T]``.
+        weight: gate of a candidate, share of a layer's routes that agree; else 1, ``[T]``.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Inspection:
         tokens: the text in pieces, one a token.
         log_prob: log probability (nats) of each token after those before it; None for the first.
         base_log_prob: the same without the token route; empty without a route.
-        traces: candidates of the token route first, then layers and their routes.
+        traces: candidates of the token route first, recalled spans, layers and their routes.
         health: metrics by place ("token route", "layer 5"), see `rosakit.tuning.health`.
         faults: messages of the detectors by place, see `rosakit.layers.health`.
         window, sink_tokens: of the model's attention; window None for full attention.
@@ -110,13 +110,15 @@ def inspect_text(
     pieces, ids = _pieces(tokenizer, text, max_tokens)
     controller = controller_of(model)
     adapters = {index: a for index, a in adapters_of(model).items() if a.retrieve}
-    if controller.token_route is None and not adapters:
+    config = config_of(model)
+    recalled = config.recall if config.retrieve else 0
+    if controller.token_route is None and not adapters and not recalled:
         raise InvalidInputError(
-            "this model has neither a token route nor adapters that retrieve, so there is nothing "
-            "to inspect; attach it with RosaConfig(token_route=True) or adapters=True"
+            "this model has neither a token route nor recalled spans nor adapters that retrieve, "
+            "so there is nothing to inspect; attach it with RosaConfig(token_route=True), "
+            "recall=16 or adapters=True"
         )
     row = torch.tensor([ids], device=device_of(model))
-    config = config_of(model)
     with _listening(model, adapters) as heard, evaluating(model):
         logits = model(input_ids=row, use_cache=False).logits
         own = score_labels(logits[:, :-1], row[:, 1:]).log_prob[0]
@@ -130,6 +132,11 @@ def inspect_text(
         health["token route"] = token_route_health(
             heard.candidates, heard.log_keep, labels, window=config.window
         )
+    if recalled:
+        assert context.token_match is not None
+        spans = Match(*(x[:, :recalled] for x in context.token_match[:2]))
+        traces += list(_span_traces(spans))
+        health["recalled spans"] = match_health(spans, row, window=config.window)
     faults: dict[str, list[str]] = {}
     for index, match in sorted(context.matches.items()):
         place = f"layer {index}"
@@ -212,6 +219,14 @@ def _candidate_traces(heard: _Heard) -> Iterator[Trace]:
             found.length[0, :, rank].tolist(),
             [round(g, 4) for g in gate.tolist()],
         )
+
+
+def _span_traces(match: Match) -> Iterator[Trace]:
+    for rank in range(match.position.shape[1]):
+        position, length = match.position[0, rank], match.length[0, rank]
+        name = f"recalled span {rank + 1}"
+        weight = [1.0] * len(position)
+        yield Trace(name, "span", position.tolist(), length.tolist(), weight)
 
 
 def _layer_traces(place: str, match: Match, routes: int) -> Iterator[Trace]:
