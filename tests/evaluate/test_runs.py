@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from rosakit.errors import DataError, InvalidInputError
-from rosakit.evaluate.runs import _check_alike, _texts
+from rosakit.evaluate.runs import _check_alike, _describe, _is_control, _texts
 from rosakit.tuning import RosaConfig
 from rosakit.tuning.data import DataConfig
 from rosakit.tuning.settings import TuneConfig
@@ -53,3 +53,15 @@ def test_texts_of_the_training_are_left_out(tmp_path):
     assert dropped == 2
     with pytest.raises(DataError, match="trained on all 2 texts"):
         _texts(config, trained)
+
+
+def test_whatever_retrieves_is_no_control():
+    def run(**rosa):
+        config = RosaConfig(**{"window": 64, "adapters": False, **rosa})
+        return dataclasses.replace(RUN, rosa=config, lora_rank=4)
+
+    assert _is_control(run())
+    assert _is_control(run(recall=4, retrieve=False))
+    for rosa in ({"recall": 4}, {"token_route": True}, {"adapters": True}):
+        assert not _is_control(run(**rosa))
+    assert _describe(run(recall=4)) == "window 64, 4 recalled spans, LoRA of rank 4"

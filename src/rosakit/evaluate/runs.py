@@ -218,6 +218,8 @@ def _describe(config: TuneConfig) -> str:
     parts = ["full attention" if rosa is None or rosa.window is None else f"window {rosa.window}"]
     if rosa is not None and rosa.token_route:
         parts.append("token route")
+    if rosa is not None and rosa.recall:
+        parts.append(f"{rosa.recall} recalled spans")
     if rosa is not None and rosa.adapters:
         parts.append(f"adapters with {rosa.address} addresses")
     if config.lora_rank:
@@ -229,7 +231,9 @@ def _describe(config: TuneConfig) -> str:
 
 def _is_control(config: TuneConfig) -> bool:
     rosa = config.attached()
-    return rosa is None or not rosa.retrieve or not (rosa.adapters or rosa.token_route)
+    if rosa is None or not rosa.retrieve:
+        return True
+    return not (rosa.adapters or rosa.token_route or rosa.recall)
 
 
 def _window(run: Path, config: TuneConfig) -> int:
