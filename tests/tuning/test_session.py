@@ -22,6 +22,8 @@ def small_reserve(monkeypatch):
         WHOLE,
         {**WHOLE, "address": "token", "global_layers": ()},
         {"granularity": "run", "bits": 16},
+        {**WHOLE, "address": "hash", "bits": 8},
+        {"address": "hash", "bits": 8, "hash_refine": True},
         {"window": None},
         {"adapters": False},
     ],
