@@ -12,8 +12,10 @@ import torch
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import collect, corpus
 from benchmarks.evidence.arms import arms
+from benchmarks.evidence.figures import draw
 from benchmarks.evidence.measure import Tasks
 from benchmarks.evidence.plan import Planned, claimed
+from benchmarks.evidence.tables import markdown
 from benchmarks.evidence.train import Learner, Sizes
 
 from rosakit.evaluate import EvaluationResult
@@ -77,6 +79,12 @@ def test_a_small_run_shows_what_the_long_one_shows(tmp_path, monkeypatch):
     assert set(EvaluationResult.load(saved[0]).variants["rosa"].grids) >= {"mqar"}
     page = compare_results(load_named(saved), tmp_path / "page.html").read_text()
     assert "route-near" in page
+    table = markdown(summary)
+    assert "| route-near |" in table
+    assert "gap closed, late" in table
+    png, svg = draw(summary, tmp_path / "out")
+    assert png.stat().st_size > 10_000
+    assert svg.name == "w16.svg"
     assert time.monotonic() - began < 120
 
 
