@@ -55,6 +55,7 @@ def arms(window: int) -> dict[str, Arm]:
         "window+sinks": Arm("window and sinks, untrained", sinks, rank=0),
         "recall-untrained": Arm("recalled spans, untrained, no parameters", recall, rank=0),
         "full+trained": Arm("LoRA, full attention: the ceiling", View(None)),
+        "full+route": Arm("LoRA and token route, full attention", View(None), route=16),
         "control": Arm("LoRA, nothing retrieved", sinks),
         "route-own": replace(route, what="LoRA and token route, own token", candidates="own"),
         "route-random": replace(route, what="LoRA and token route, random", candidates="random"),

@@ -39,6 +39,7 @@ PLAN = (
     *(Planned(arm, 0) for arm in _UNTRAINED),
     *(Planned(arm, seed) for seed in (1, 2) for arm in _MAIN),
     *(Planned(arm, seed) for seed in (0, 1, 2) for arm in _CONTROLS),
+    *(Planned("full+route", seed) for seed in (0, 1, 2)),
     *(Planned(arm, 0) for arm in _BITS),
     # More tokens, another window, other settings: one seed each.
     *(Planned(arm, 0, 512, 4 * TOKENS) for arm in ("control", "full+trained", "rosa")),
