@@ -6,12 +6,16 @@ import argparse
 import json
 import os
 import platform
+import subprocess
+import sys
+import time
 from datetime import date
 from pathlib import Path
 
 os.environ.setdefault("ROSAKIT_NUM_THREADS", "1")
 
 import numpy as np
+import torch
 
 import rosakit
 from benchmarks.cpu.registry import CASES, Figure, Plan
@@ -28,6 +32,17 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+def commit() -> str:
+    """The checkout's commit, with a mark for changes on top; empty outside a checkout."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def table(figures: list[Figure]) -> str:
@@ -105,18 +120,26 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument("--quick", action="store_true", help="small sizes: a smoke test")
     parser.add_argument("--out", type=Path, help="JSON file; the plot goes beside it")
+    parser.add_argument(
+        "--peers", type=Path, help="folder with peers' packages, beside installed ones"
+    )
     options = parser.parse_args()
+    if options.peers:
+        sys.path.append(str(options.peers))
     unknown = set(options.cases) - set(CASES)
     if unknown:
         parser.error(f"unknown cases {sorted(unknown)}; there are {', '.join(CASES)}")
     native.set_num_threads(1)
     plan = QUICK if options.quick else Plan()
     figures: list[Figure] = []
+    seconds: dict[str, float] = {}
     for name in options.cases or CASES:
         print(f"{name}: {CASES[name].__doc__}", flush=True)
+        start = time.monotonic()
         for f in CASES[name](plan):
             figures.append(f)
             print(f"  {f.case} {f.where}: {f.value:.4g} {f.unit}", flush=True)
+        seconds[name] = round(time.monotonic() - start, 1)
     print(table(figures))
     exponents = {c: growth(figures, c) for c in ("match", "match_counterfactual", "prefill")}
     exponents = {c: e for c, e in exponents.items() if e}
@@ -126,11 +149,15 @@ def main() -> None:
             "hardware": {"cpu": processor(), "cores": len(os.sched_getaffinity(0))},
             "versions": {
                 "rosakit": rosakit.__version__,
+                "torch": torch.__version__,
                 "numpy": np.__version__,
                 "python": platform.python_version(),
             },
             "date": date.today().isoformat(),
-            "command": "python -m benchmarks.cpu --out docs/results/cpu.json",
+            "commit": commit(),
+            "load": [round(x, 2) for x in os.getloadavg()],
+            "command": " ".join(["python -m benchmarks.cpu", *sys.argv[1:]]),
+            "seconds": seconds,
             "growth_exponent": exponents,
             "figures": [
                 {"case": f.case, "value": round(f.value, 4), "unit": f.unit, **f.where}

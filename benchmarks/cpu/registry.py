@@ -20,6 +20,7 @@ from benchmarks.cpu.streams import FAMILIES, Symbols, batch
 from rosakit import native
 from rosakit.native import SuffixMemory
 from rosakit.ops.oracle import suffix_match_oracle
+from rosakit.types import Match
 
 
 @dataclass
@@ -166,6 +167,36 @@ def streaming(plan: Plan) -> Iterator[Figure]:
             yield Figure("state_reserved", memory.reserved_nbytes / q.size, "bytes/symbol", where)
 
 
+def time_steps(
+    memory: SuffixMemory, q: Symbols, k: Symbols, at: range, want: Symbols
+) -> list[float]:
+    """Wall time of each step into the caller's arrays; checked against `want` ``[B, 1, T]``."""
+    out = Match(*(np.empty(q.shape[:2], np.int32) for _ in range(2)))  # type: ignore[arg-type]
+    times = []
+    for i in at:
+        qs, ks = (np.ascontiguousarray(x[..., i]) for x in (q, k))
+        start = time.perf_counter()
+        memory.step(qs, ks, out=out)
+        times.append(time.perf_counter() - start)
+        assert out.position[0, 0] == want[0, 0, i], "decode and whole differ"
+    return times
+
+
+@case
+def decode_families(plan: Plan) -> Iterator[Figure]:
+    """One decode step of all routes after the shortest context, stream by stream and by width."""
+    n, steps = plan.contexts[0], 64
+    settings = [(4, f) for f in plan.families] + [(bits, "mk") for bits in (1, 2, 8)]
+    for bits, family in settings:
+        q, k = batch(family, n + steps, bits, plan.routes)
+        memory = SuffixMemory(1, plan.routes, bits=bits)
+        memory.extend(np.ascontiguousarray(q[..., :n]), np.ascontiguousarray(k[..., :n]))
+        want = native.match(q[:, :1], k[:, :1])[0]
+        times = time_steps(memory, q, k, range(n, n + steps), want)
+        where = {"family": family, "bits": bits, "T": n, "routes": plan.routes}
+        yield Figure("decode_family", float(np.percentile(times, 10)) * 1e6, "us/step", where)
+
+
 @case
 def decode(plan: Plan) -> Iterator[Figure]:
     """One step of all routes; fork and rollback of the state; all at several contexts."""
@@ -175,16 +206,7 @@ def decode(plan: Plan) -> Iterator[Figure]:
         memory = SuffixMemory(1, plan.routes, bits=4)
         memory.extend(np.ascontiguousarray(q[..., :n]), np.ascontiguousarray(k[..., :n]))
         want = native.match(q[:, :1], k[:, :1])[0]
-        times = []
-        for i in range(n, n + steps):
-            qs, ks = (
-                np.ascontiguousarray(q[..., i : i + 1]),
-                np.ascontiguousarray(k[..., i : i + 1]),
-            )
-            start = time.perf_counter()
-            found = memory.extend(qs, ks)
-            times.append(time.perf_counter() - start)
-            assert found.position[0, 0, 0] == want[0, 0, i], "decode and whole differ"
+        times = time_steps(memory, q, k, range(n, n + steps), want)
         where = {"family": "mk", "bits": 4, "T": n, "routes": plan.routes}
         yield Figure("decode", float(np.percentile(times, 10)) * 1e6, "us/step", where)
         yield Figure("decode_median", float(np.median(times)) * 1e6, "us/step", where)
@@ -204,16 +226,8 @@ def decode(plan: Plan) -> Iterator[Figure]:
         twin = forks.pop()
         forks.clear()
         at = int(memory.lengths[0])
-        qs, ks = (
-            np.ascontiguousarray(q[..., at : at + 1]),
-            np.ascontiguousarray(k[..., at : at + 1]),
-        )
-        yield Figure(
-            "first_step_after_fork",
-            best_wall_time(lambda t=twin, a=qs, b=ks: t.extend(a, b), 1) * 1e6,
-            "us",
-            where,
-        )
+        first = time_steps(twin, q, k, range(at, at + 1), want)
+        yield Figure("first_step_after_fork", first[0] * 1e6, "us", where)
         del memory, twin
 
 

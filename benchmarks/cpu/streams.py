@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +58,7 @@ def _noisy(k: NDArray[np.int64], alphabet: int, rng: np.random.Generator) -> NDA
 MIXED = ("fibonacci", "iid", "period7", "mk", "constant")
 
 
+@lru_cache(maxsize=64)
 def draw(family: str, n: int, bits: int, seed: int) -> tuple[Symbols, Symbols]:
     """One stream of a family (`FAMILIES`)."""
     rng = np.random.default_rng([seed, bits])

@@ -9,6 +9,7 @@
 
 #include "rosakit/candidates.hpp"
 #include "rosakit/dense_automaton.hpp"
+#include "rosakit/packed_automaton.hpp"
 #include "rosakit/pool.hpp"
 #include "rosakit/solver.hpp"
 
@@ -42,13 +43,13 @@ void check_length(std::size_t n) {
         " symbols is too long: positions are int32, so fewer than 2^31 - 1 fit");
 }
 
-/// Longest stream for which a worker may spend the memory of full rows, about 110 bytes a symbol.
+/// Longest stream for which a worker may spend the memory of full rows, 128 bytes a symbol.
 constexpr std::size_t kLongDense = std::size_t{1} << 21;
 
 /// What one worker needs; kept for the streams of a call.
 struct Scratch {
   Solver<DenseAutomaton> dense;
-  Solver<LongDenseAutomaton> long_dense;
+  Solver<PackedAutomaton> packed;
   Solver<LongSmallAutomaton> long_small;
   Solver<Automaton<false>> narrow;
   std::unique_ptr<Solver<Automaton<true>>> wide;
@@ -114,9 +115,9 @@ void match_segment(Scratch& scratch, const T* q, const T* k, std::size_t n, cons
   } else if (bits <= LongSmallAutomaton::kMaxBits && n <= kLongDense) {
     scratch.long_small.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8),
                              static_cast<u32>(n), rule, bits, out);
-  } else if (bits <= LongDenseAutomaton::kMaxBits && n <= kLongDense) {
-    scratch.long_dense.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8),
-                             static_cast<u32>(n), rule, bits, out);
+  } else if (bits <= PackedAutomaton::kMaxBits && n <= kLongDense) {
+    scratch.packed.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8),
+                         static_cast<u32>(n), rule, bits, out);
   } else if (bits <= 8 && n <= Automaton<false>::kMaxSymbols) {
     scratch.narrow.match(as_bytes(q, n, scratch.q8), as_bytes(k, n, scratch.k8),
                          static_cast<u32>(n), rule, bits, out);

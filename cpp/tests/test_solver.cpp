@@ -1,6 +1,7 @@
 #include <doctest/doctest.h>
 
 #include "rosakit/dense_automaton.hpp"
+#include "rosakit/packed_automaton.hpp"
 #include "rosakit/solver.hpp"
 #include "streams.hpp"
 
@@ -47,7 +48,7 @@ TEST_CASE("every phase of the solver gives the definition") {
     REQUIRE(solve<Wide>(q, k, rule, 32, flips, budget) == want);
     if (bits <= 4) {
       REQUIRE(solve<DenseAutomaton>(q, k, rule, bits, flips, budget) == want);
-      REQUIRE(solve<LongDenseAutomaton>(q, k, rule, bits, flips, budget) == want);
+      REQUIRE(solve<PackedAutomaton>(q, k, rule, bits, flips, budget) == want);
       if (bits <= 2) REQUIRE(solve<LongSmallAutomaton>(q, k, rule, bits, flips, budget) == want);
     }
   }

@@ -77,7 +77,7 @@ class CompactLane final : public Lane {
   [[gnu::always_inline]] void approach(u32 q, u32 k) const {
     if (constant_) return;
     u32 p = tree_.last();
-    for (int depth = 0; depth < 6; ++depth) {
+    for (int depth = 0; depth < 8; ++depth) {
       if (const u32 t = tree_.find(p, k)) tree_.prefetch(t);
       if (!p) break;
       p = tree_.link(p);
@@ -117,7 +117,7 @@ class CompactLane final : public Lane {
 
  private:
   static constexpr u32 kShortRun = 32;  // constant streams up to here cost nothing to build anew
-  static constexpr u32 kHot = 14;
+  static constexpr u32 kHot = 24;
 
   u32 symbol(u32 i) const { return constant_ ? symbol_ : symbols_[i - start_]; }
   void write(Hit h, i32* position, i32* length) const {

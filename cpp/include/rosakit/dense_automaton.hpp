@@ -1,7 +1,7 @@
 // The suffix automaton over a small alphabet with a full row of targets in every state: a
-// transition is one load without branches. Two (16-bit numbering) to four times the bytes of
-// Automaton, and about twice as fast, in cache or not. For whole-sequence calls; same interface as
-// Automaton.
+// transition is one load without branches. Twice the bytes of Automaton, and about twice as fast.
+// For whole-sequence calls of short streams (16-bit numbering) or 1 and 2 bits; longer ones of 4
+// bits: packed_automaton.hpp. Same interface as Automaton.
 #pragma once
 
 #include <algorithm>
@@ -111,7 +111,6 @@ class Dense {
 };
 
 using DenseAutomaton = Dense<u16, 4>;
-using LongDenseAutomaton = Dense<u32, 4>;
 using LongSmallAutomaton = Dense<u32, 2>;  // for 1 and 2 bits
 
 }  // namespace rosakit

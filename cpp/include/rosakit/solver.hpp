@@ -42,6 +42,8 @@ class Solver {
   }
 
  private:
+  static constexpr bool kLooksAhead = requires(Tree& tree) { tree.expect(0u); };
+
   void write(u32 i, Hit h) {
     const bool ok = h.length >= rule_.min_length && h.length > 0;
     out_.position[i] = ok ? out_.base + h.end + 1 : kNull;
@@ -65,12 +67,15 @@ class Solver {
         walked_ += stream.flips(q[i], out_.bits, cap, flips);
         for (unsigned m = 0; m < out_.bits; ++m) write_flip(i, m, flips[m]);
       }
+      if constexpr (kLooksAhead) stream.tree.expect(i + 1 < n ? k[i + 1] : 0);
       if (self) {
         write(i, stream.append_self(k[i]));
         primary_.push_back(stream.tree.last());
       } else {
         stream.advance(q[i], cap);
-        stream.tree.prefetch_row(stream.at.state);
+        if constexpr (kLooksAhead)
+          stream.tree.prefetch_target(stream.at.state, i + 1 < n ? q[i + 1] : 0);
+        else stream.tree.prefetch_row(stream.at.state);
         write(i, stream.hit());
         primary_.push_back(stream.append(k[i]));
       }
