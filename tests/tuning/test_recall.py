@@ -104,6 +104,33 @@ def test_a_single_query_attends_to_a_bounded_number_of_keys():
     assert max(sizes) <= 7 + 2 + 3 * 5
 
 
+def test_a_step_copies_no_past_and_copies_of_a_cache_go_their_own_ways():
+    model, ids = recalling(), tokens(1, 160, kinds=6)
+    whole = run(model, ids, use_cache=False)
+
+    def step(cache, t):
+        with torch.no_grad():
+            out = model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+        return out.logits[:, 0]
+
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :100], use_cache=True).past_key_values
+    step(cache, 100)
+    layer = cache.layers[0]
+    place = layer.keys.data_ptr()
+    for t in range(101, 110):
+        assert torch.allclose(step(cache, t), whole[:, t], atol=2e-5)
+        assert layer.keys.data_ptr() == place
+    twin = copy.deepcopy(cache)
+    assert torch.allclose(step(twin, 110), whole[:, 110], atol=2e-5)
+    with torch.no_grad():  # the original takes another token: the copy does not notice
+        model(input_ids=ids[:, 3:4], past_key_values=cache, use_cache=True)
+    assert torch.allclose(step(twin, 111), whole[:, 111], atol=2e-5)
+    cache.crop(-1)
+    for t in range(110, 160):
+        assert torch.allclose(step(cache, t), whole[:, t], atol=2e-5)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_are_the_rows_alone(side):
     model = recalling(token_route=True)

@@ -197,6 +197,8 @@ class RecallLayer(GlobalLayer):
         self.keys: Any = None
         self.values: Any = None
         self.is_initialized: bool = False
+        self._key_room: Tensor | None = None
+        self._value_room: Tensor | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
@@ -206,16 +208,37 @@ class RecallLayer(GlobalLayer):
         device = key_states.device
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        first = self.keys is None or self.keys.numel() == 0
         store = torch.device("cpu") if self.offload else device
         keys, values = key_states.to(store), value_states.to(store)
-        self.keys = keys if first else torch.cat([self.keys, keys], dim=2)
-        self.values = values if first else torch.cat([self.values, values], dim=2)
+        self.keys, self._key_room = _appended(self.keys, keys, self._key_room)
+        self.values, self._value_room = _appended(self.values, values, self._value_room)
         picked = self.index.picked
         if picked is None:
             return self.keys.to(device), self.values.to(device)
         slots = picked.to(store)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         return self.keys.gather(2, slots).to(device), self.values.gather(2, slots).to(device)
+
+
+def _appended(
+    held: Tensor | None, new: Tensor, room: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """``[B, G, held + n, D]`` and the buffer that it lies in, a quarter larger than needed.
+
+    A single token is written in place, so that a step does not copy the whole past. What was taken
+    apart since (cropped, reordered, loaded) is found to lie elsewhere, or to be shorter.
+    """
+    if held is None or held.numel() == 0:
+        return new, None
+    length, total = held.shape[2], held.shape[2] + new.shape[2]
+    if new.requires_grad or held.requires_grad:
+        return torch.cat([held, new], dim=2), None
+    if room is None or room.data_ptr() != held.data_ptr() or room.shape[2] < total:
+        room = held.new_empty((*held.shape[:2], total + max(64, total // 4), held.shape[3]))
+        room[:, :, :length] = held
+    elif room.shape[0] != held.shape[0]:
+        return torch.cat([held, new], dim=2), None
+    room[:, :, length:total] = new
+    return room[:, :, :total], room
 
 
 class RosaCacheLayer(CacheLayerMixin):  # type: ignore[misc]
