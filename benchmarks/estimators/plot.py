@@ -40,12 +40,13 @@ def plot(parts: dict[str, Any], beside: Path) -> list[Path]:
         for axis, name in zip(axes[0], tasks, strict=True):
             _TASKS[name](axis, parts[name]["rows"])
         written.append(_save(figure, beside, ""))
-    if "agree" in parts or "cost" in parts:
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-        if "agree" in parts:
-            _agree(axes[0], parts["agree"]["rows"])
-        if "cost" in parts:
-            _cost(axes[1], parts["cost"]["rows"])
+    others = [n for n in ("agree", "cost") if n in parts]
+    if others:
+        figure, axes = plt.subplots(
+            1, len(others), figsize=(5.5 * len(others), 4.2), squeeze=False, layout="constrained"
+        )
+        for axis, name in zip(axes[0], others, strict=True):
+            {"agree": _agree, "cost": _cost}[name](axis, parts[name]["rows"])
         written.append(_save(figure, beside, "_cost"))
     return written
 
@@ -73,11 +74,13 @@ def _fit(axis: Any, rows: list[dict[str, Any]]) -> None:
     for name, (_, some) in best.items():
         curves = [r["accuracy_per_10_steps"] for r in some]
         mean = [100 * sum(x) / len(x) for x in zip(*curves, strict=True)]
-        axis.plot([10 * (n + 1) for n in range(len(mean))], mean, color=_COLOURS[name], label=name)
+        steps = [10 * (n + 1) for n in range(len(mean))]
+        axis.plot(steps, mean, color=_COLOURS[name])
+        axis.text(steps[-1] * 1.02, mean[-1], name, color=_COLOURS[name], fontsize=8, va="center")
+        axis.set_xlim(0, steps[-1] * 1.35)
     axis.set_title("(a) fitting q and k directly", fontsize=10)
     axis.set_xlabel("step of Adam")
     axis.set_ylabel("output bits right, %")
-    axis.legend(fontsize=7)
 
 
 def _mqar(axis: Any, rows: list[dict[str, Any]]) -> None:
