@@ -69,12 +69,27 @@ def seconds(backend: str, leaves: list[Tensor], weights: tuple[Tensor, ...]) -> 
     return statistics.median(times)
 
 
-def rows() -> Iterator[dict[str, Any]]:
+def take_first_configurations() -> None:
+    """Let the kernel's autotuned parts take their first configuration, before it is imported.
+
+    Searching them compiles hundreds of kernels, minutes for one shape and dtype.
+    """
+    import triton
+
+    search = triton.autotune
+
+    def first(configs: list[Any], *args: Any, **options: Any) -> Any:
+        return search(configs[:1], *args, **options)
+
+    triton.autotune = first
+
+
+def rows(quick: bool) -> Iterator[dict[str, Any]]:
     kernel = importlib.util.find_spec("fla") is not None
-    for shape in SHAPES:
+    for shape in SHAPES[1:] if quick else SHAPES:
         exact = [x.cuda() for x in inputs(*shape)]
         weights = torch.randn_like(exact[3]), torch.randn_like(exact[6])
-        for name, dtype in DTYPES.items():
+        for name, dtype in {"bfloat16": torch.bfloat16}.items() if quick else DTYPES.items():
             # The reference sees what the narrow dtype holds: only the arithmetic is compared.
             narrow = [
                 x.to(dtype) if n != "state" else x.float()
@@ -101,11 +116,18 @@ def rows() -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="bfloat16 and the larger shape only, the kernel's first configurations",
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA device; this benchmark compares GPU kernels")
+    if options.quick:
+        take_first_configurations()
     found = []
-    for row in rows():
+    for row in rows(options.quick):
         found.append(row)
         worst = max(row["errors"].values()) if "errors" in row else row["failed"]
         print(

@@ -94,7 +94,7 @@ class Sweep {
   /// lcs(i, j) and its mended form for every j, from row i - 1.
   void extend(i32 i) {
     const Symbol q = s_.q[i];
-    for (i32 j = s_.n - 1; j >= 0; --j) {
+    for (i32 j = i - 1; j >= 0; --j) {
       const u32 d = static_cast<u32>(q ^ s_.k[j]);
       const i32 before = j ? length_[j - 1] : 0;
       if (d == 0) {
@@ -230,7 +230,7 @@ class Sweep {
   double value(Symbol x) const {
     if (bits_ <= kTableBits) return table_[x];
     double sum = base_;
-    for (unsigned m = 0; m < bits_; ++m)
+    for (unsigned m = bits_; m-- > 0;)  // the order of the table's sums
       if (x >> m & 1) sum += step_[m];
     return sum;
   }

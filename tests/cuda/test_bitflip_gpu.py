@@ -95,8 +95,7 @@ def test_a_step_waits_for_nothing(tied):
         second = step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+    torch.testing.assert_close(first, second)  # v's scatter adds in any order
 
 
 def test_a_long_stream_runs():
