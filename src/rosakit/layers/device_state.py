@@ -1,7 +1,7 @@
 """`DeviceState`: one adapter's streaming state in GPU memory, and when it is chosen.
 
 A step never leaves the device, at the price of memory that grows with the context
-(`docs/guides/backends.md` has the measured figures): 7 bytes a route and position, where the
+(`docs/guides/backends.md`): 7 bytes a route and position, where the
 window's keys and values do not grow. So ``backend="auto"`` keeps a state on the device for short
 contexts only and then moves it to the host; ``"cuda"`` keeps it there, ``"cpu"`` never does.
 """
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from rosakit.layers.adapter import RosaAdapter
 
 AUTO_POSITIONS = 4096
-"""Positions up to which "auto" keeps a state on the device: below the measured crossover of the
-steps, and about the memory that a window of 2048 takes in a layer of the same width."""
+"""Positions up to which "auto" keeps a state on the device: about twice the memory that a window of
+2048 takes in a layer of the same width. `benchmarks/gpu/decode.py` measures the steps' crossover."""
 
 _OPTIONS = (
     *("address", "bits", "routes", "unmatched", "granularity", "successor"),
