@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from rosakit.layers.adapter import RosaAdapter
 
 AUTO_POSITIONS = 4096
-"""Positions up to which "auto" keeps a state on the device: about twice the memory that a window of
-2048 takes in a layer of the same width. `benchmarks/gpu/decode.py` measures the steps' crossover."""
+"""Positions up to which "auto" keeps a state on the device: about twice the memory that a window
+of 2048 takes in a layer of that width. `benchmarks/gpu/decode.py` measures the steps' crossover."""
 
 _OPTIONS = (
     *("address", "bits", "routes", "unmatched", "granularity", "successor"),
