@@ -23,6 +23,7 @@ from torch import Tensor
 from rosakit import native, symbols
 from rosakit.errors import InvalidInputError
 from rosakit.layers.device_state import DeviceState, positions_on_device
+from rosakit.layers.graphs import outside_graphs
 from rosakit.layers.history import History
 from rosakit.layers.projection import version_of
 from rosakit.layers.token_match import TokenCandidates
@@ -84,7 +85,7 @@ class AdapterState:
         """Bytes held: automata and value bits."""
         return self.values.nbytes + (0 if self.memory is None else self.memory.nbytes)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @outside_graphs
     def extend(
         self,
         channels: list[Tensor],
@@ -229,7 +230,7 @@ class TokenState:
         """Bytes held: automaton and token ids."""
         return int(self.memory.nbytes) + self.tokens.nbytes
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @outside_graphs
     def extend(self, input_ids: Tensor, mask: Tensor | None) -> tuple[Match, TokenCandidates]:
         """Match this chunk ``[B, n]``.
 

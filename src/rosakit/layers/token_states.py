@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rosakit import native
+from rosakit.layers.graphs import outside_graphs
 from rosakit.layers.history import History
 from rosakit.layers.token_match import NO_KEY
 from rosakit.types import NO_MATCH, Match
@@ -38,7 +39,7 @@ class RecentTokens:
         """Bytes held."""
         return self.tokens.nbytes
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @outside_graphs
     def extend(self, input_ids: Tensor, mask: Tensor | None, reach: int) -> Tensor:
         """Remember a chunk ``[B, n]``; each position's last `reach` tokens.
 
@@ -86,7 +87,7 @@ class CodeState:
         """Bytes held."""
         return int(self.memory.nbytes)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @outside_graphs
     def extend(self, codes: Tensor, mask: Tensor | None) -> Match:
         """Match a chunk of codes ``[B, R, n]`` and remember it; the match is in host memory."""
         stream = codes.cpu().numpy()
@@ -120,7 +121,7 @@ class FarState:
         """Bytes held."""
         return int(self.memory.nbytes) + self.tokens.nbytes
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @outside_graphs
     def extend(self, input_ids: Tensor, mask: Tensor | None) -> Match:
         """Match a chunk ``[B, n]`` and remember it: ``[B, 1, n]`` in host memory."""
         stream: Array = input_ids.to("cpu", torch.int32).numpy()[:, None]
