@@ -310,3 +310,41 @@ def test_example_configurations_are_valid(name):
     config = merge(load_config(path), {"model": "m", "data": ["x"], "steps": "none"})
     assert config.output == f"runs/{name}"
     assert config.data.sources == ("x",)
+
+
+def test_inspect_writes_a_page_and_figures(results, tmp_path, capsys):
+    text = results / "texts" / "00.txt"
+    page = tmp_path / "page.html"
+    code = call(
+        *("inspect", results / "run", "--file", text, "--output", page, "--figures"),
+        *("--max-tokens", 40, "--device", "cpu"),
+    )
+    assert code == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"page.html", "page.png", "page.svg"}
+    assert '"kind":"candidate"' in page.read_text()
+    assert str(results) not in page.read_text()  # a page says nothing of where it was made
+    # A plain model is shown with an untrained token route.
+    assert call("inspect", results / "model", "--file", text, "--output", page) == 0
+    assert '"token route":"untrained"' in page.read_text()
+    assert call("inspect", results / "run", "--file", tmp_path / "none") == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_eval_runs_suites_and_report_compares(results, tmp_path, capsys):
+    output = tmp_path / "e"
+    arguments = (
+        *("eval", results / "run", "--control", results / "control", "--output", output),
+        *("--suites", "perplexity,distance,efficiency", "--niah", "none"),
+        *("--length", "60", "--documents", "2", "--limit", "1", "--device", "cpu"),
+    )
+    assert call(*arguments) == 0
+    found = json.loads((output / "evaluation.json").read_text())["variants"]
+    assert found["rosa"]["distance"]["held-out text"]["min_length"] == 4
+    assert len(list((output / "evaluation.parts").iterdir())) == len(found)
+    page = tmp_path / "report.html"
+    assert call("report", output, "--output", page, "--png") == 0
+    assert {p.suffix for p in tmp_path.glob("report.*")} == {".html", ".png", ".svg"}
+    assert call(*arguments[:6], "--suites", "nonsense", "--niah", "none") == 2
+    assert "no suite named nonsense" in capsys.readouterr().err
+    assert call(*arguments[:6], "--local", "piqa", "--niah", "none") == 2
+    assert "--local takes TASK=FILE" in capsys.readouterr().err
