@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rosakit import native, symbols
+from rosakit.evaluate.environment import describe_environment
 from rosakit.models import rwkv8
 from rosakit.types import Match
 
@@ -245,8 +246,8 @@ def main() -> None:
         else:
             print(f"{case.name:48s} {row['check']}")
     if options.json is not None:
-        machine = {"processor": platform.processor() or platform.machine(), "threads": 1}
-        content = {"machine": machine, "torch": torch.__version__, "rows": rows}
+        environment = dataclasses.asdict(describe_environment())
+        content = {"environment": environment, "threads": 1, "rows": rows}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(content, indent=1) + "\n")
     if any(row["check"] != "equal" for row in rows):

@@ -76,10 +76,9 @@ def test_kernel_is_the_definition(length, bits, tied):
     not native.available() or not native_bitflip.built(), reason="compiled core missing or old"
 )
 @pytest.mark.parametrize("tied", ["none", "qk", "qkv"])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_kernel_and_core_agree_to_the_last_bit(seed, tied):
+@pytest.mark.parametrize("seed, length, bits", [(1, 100, 1), (2, 70, 4), (3, 20, 8)])
+def test_kernel_and_core_agree_to_the_last_bit(seed, length, bits, tied):
     """Same terms in the same order: float32 gradients come out identical."""
-    length, bits = (100, 1) if seed % 2 else (70, 4)
     q, k, v, grad, e0, e1, e_null = example(length, bits, seed, torch.float32)
     q, v = (k if tied != "none" else q), (k if tied == "qkv" else v)
     match = MatchOptions(segment_starts=packed(length) if seed > 1 else None)

@@ -158,11 +158,13 @@ def test_rwkv8_1bit_layer(golden):
             torch.testing.assert_close(e.grad, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", ["none", "qk", "qkv"])
 @pytest.mark.parametrize("stride", [4, 5])
-def test_sampling_is_unbiased(stride):
+def test_sampling_is_unbiased(stride, tied):
     """The mean over every phase of the antithetic combs is the exact credit."""
     q, k, v, e0, e1, grad = example(15)
-    options = {"bits": 2, "match": MatchOptions(), "unmatched": "zero"}
+    q, v = (k if tied != "none" else q), (k if tied == "qkv" else v)
+    options = {"bits": 2, "match": MatchOptions(), "unmatched": "zero", "tied": tied}
     exact = credit_naive(grad, q, k, v, e0, e1, None, **options)
     sampled = [
         credit_naive(
@@ -170,10 +172,27 @@ def test_sampling_is_unbiased(stride):
         )
         for p in range(stride)
     ]
-    for which in (0, 1):
+    for which in (0, 1) if tied == "none" else (0,):
         mean = torch.stack([s[which] for s in sampled]).mean(0)
         torch.testing.assert_close(mean, exact[which])
         assert (sampled[0][which] == 0).sum() > (exact[which] == 0).sum()
+
+
+def test_random_phases_converge_to_the_exact_gradient():
+    """What training sees: the mean of many sampled gradients nears the exact one as 1 / sqrt(n)."""
+    q, k, v, e0, e1, grad = example(12, 1, 1)
+    k = k.requires_grad_()
+
+    def gradient(**options):
+        y = rosa(q, k, v, e0, e1, bits=1, estimator="bitflip", **options)
+        return torch.autograd.grad(y, k, grad)[0]
+
+    torch.manual_seed(0)
+    drawn = torch.stack([gradient(stride=6) for _ in range(300)])
+    error = drawn.mean(0) - gradient()
+    spread = drawn.std(0) / 300**0.5
+    assert (error.abs() <= 4 * spread + 1e-12).all()
+    assert spread.max() > 0
 
 
 def test_sampled_gradient_uses_a_random_comb():

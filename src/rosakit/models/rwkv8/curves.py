@@ -39,7 +39,10 @@ def label_of(result: dict[str, Any]) -> str:
     if not config.get("rosa", True):
         return "without ROSA"
     shown = "" if layers is None else f", {layers} layers"
-    return f"{config['bits']} bit{'s' if config['bits'] > 1 else ''}{shown}, {config['estimator']}"
+    stride = config.get("estimator_options", {}).get("stride", 1)
+    sampled = f" of 2 in {stride}" if stride > 1 else ""
+    bits = f"{config['bits']} bit{'s' if config['bits'] > 1 else ''}"
+    return f"{bits}{shown}, {config['estimator']}{sampled}"
 
 
 def smooth(values: Sequence[float], span: int = 25) -> list[float]:
@@ -65,9 +68,11 @@ def plot(results: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> Non
     except ImportError:
         raise RosakitError("plots need matplotlib: pip install matplotlib") from None
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for result in results:
+    labels = [label_of(result) for result in results]
+    for result, label in zip(results, labels, strict=True):
         losses = smooth(result["losses"])
-        name = f"{label_of(result)} (held out {result['validation_loss']:.3f})"
+        seed = f", seed {result['config']['seed']}" if labels.count(label) > 1 else ""
+        name = f"{label}{seed} (held out {result['validation_loss']:.3f})"
         axes.plot(range(1, len(losses) + 1), losses, label=name, linewidth=1.5)
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats a counted token (mean of 25 steps)")
