@@ -34,11 +34,15 @@ def plot(parts: dict[str, Any], beside: Path) -> list[Path]:
     written = []
     tasks = [n for n in ("fit", "mqar", "synonyms", "count") if n in parts]
     if tasks:
+        lines, columns = (len(tasks) + 1) // 2, min(2, len(tasks))
+        size = (5.2 * columns, 3.9 * lines)
         figure, axes = plt.subplots(
-            1, len(tasks), figsize=(4.2 * len(tasks), 4.2), squeeze=False, layout="constrained"
+            lines, columns, figsize=size, squeeze=False, layout="constrained"
         )
-        for axis, name in zip(axes[0], tasks, strict=True):
+        for axis, name in zip(axes.flat, tasks, strict=False):
             _TASKS[name](axis, parts[name]["rows"])
+        for axis in axes.flat[len(tasks) :]:
+            axis.set_axis_off()
         written.append(_save(figure, beside, ""))
     others = [n for n in ("agree", "cost") if n in parts]
     if others:
@@ -85,13 +89,24 @@ def _fit(axis: Any, rows: list[dict[str, Any]]) -> None:
 
 def _mqar(axis: Any, rows: list[dict[str, Any]]) -> None:
     rows = [r for r in rows if "error" not in r]
-    task = max(rows, key=lambda r: r["task"]["length"])["task"]
+    longest = max(r["task"]["length"] for r in rows)
+    tasks = [r["task"] for r in rows if r["task"]["length"] == longest]
+    task = max(tasks, key=lambda t: len({r["variant"] for r in rows if r["task"] == t}))
     some = [r for r in rows if r["task"] == task]
     values = {}
     for (name, tied), found in grouped(some, "variant", "tied_start").items():
         if tied:
             values[name] = [100 * r["accuracy"] for r in found]
-    _bars(axis, values, f"(b) MQAR, {task['pairs']} pairs, T = {task['length']}", "right, %")
+    filler = ", random filler" if task["random_filler"] else ""
+    title = f"(b) MQAR, {task['pairs']} pairs, T = {task['length']}{filler}"
+    _bars(axis, values, title, "right, %")
+    plain = {**task, "random_filler": False}
+    if filler and any(r["task"] == plain for r in rows):
+        for place, name in enumerate(values):
+            found = [r for r in rows if (r["task"], r["variant"]) == (plain, name)]
+            points = [100 * r["accuracy"] for r in found if r["tied_start"]]
+            axis.plot(points, [place - 0.2] * len(points), "D", color="#d98000", markersize=4)
+        axis.plot([], [], "D", color="#d98000", markersize=4, label="token 0 as filler")
     smallest = min(rows, key=lambda r: r["task"]["length"])["task"]
     untied = grouped([r for r in rows if not r["tied_start"] and r["task"] == smallest], "variant")
     for place, name in enumerate(values):

@@ -43,13 +43,15 @@ def _fit(rows: list[dict[str, Any]]) -> str:
 
 
 def _recall(rows: list[dict[str, Any]]) -> str:
-    keys = ("task.pairs", "task.length", "task.vocabulary", "tied_start")
+    keys = ("task.pairs", "task.length", "task.vocabulary", "task.random_filler", "tied_start")
     columns = list(grouped(rows, *keys))
     cells = grouped(rows, "variant", *keys)
     names = list(dict.fromkeys(r["variant"] for r in rows))
     head = ["variant"] + [
-        f"{pairs} pairs, T = {length}, {vocabulary} tokens" + ("" if tied else ", untied start")
-        for pairs, length, vocabulary, tied in columns
+        f"{pairs} pairs, T = {length}, {vocabulary} tokens"
+        + (", random filler" if filler else "")
+        + ("" if tied else ", untied start")
+        for pairs, length, vocabulary, filler, tied in columns
     ]
     body = [
         [f"`{name}`"]
