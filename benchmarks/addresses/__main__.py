@@ -61,6 +61,8 @@ def main() -> None:
         conduct(options)
     elif options.part in ("windowed", "full"):
         compute(options)
+    elif options.part == "check":
+        check(options)
     else:
         work(options, int(options.part))
 
@@ -72,7 +74,7 @@ def conduct(options: argparse.Namespace) -> None:
             flag.unlink()
     runs = runs_of(options)
     parts = ["windowed", *(["full"] if any(n == "ceiling" for n, _ in runs) else [])]
-    parts += [str(worker) for worker in range(options.workers)]
+    parts += ["check", *(str(worker) for worker in range(options.workers))]
     command = [sys.executable, "-m", "benchmarks.addresses", *sys.argv[1:]]
     command += ["--began", str(options.began), "--part"]
     # They import what they need while the model is prepared.
@@ -135,6 +137,36 @@ def wait_for(options: argparse.Namespace, what: str) -> None:
         time.sleep(0.2)
 
 
+def check(options: argparse.Namespace) -> None:
+    """Choose the matcher of all runs: the GPU's where it finds what the core finds on this text.
+
+    In a process of its own, since a fault of a kernel ends every later call of the process.
+    """
+    from rosakit.layers.hashing import context_codes, token_windows
+    from rosakit.ops import suffix_match
+
+    backend = "cpu"
+    try:
+        wait_for(options, "prepared")
+        ids = torch.load(options.cache / "blocks.pt")["heldout"][:2]
+        for bits, orders, least in ((8, (1, 3, 8), 2), (4, (1,), 1)):
+            codes = context_codes(token_windows(ids, max(orders)), orders, routes=12, bits=bits)
+            for flips in (0, bits):
+                found = [
+                    suffix_match(x, x, min_length=least, counterfactual_bits=flips)
+                    for x in (codes, codes.to("cuda" if torch.cuda.is_available() else "cpu"))
+                ]
+                for one, other in zip(*found, strict=True):
+                    assert one is None or torch.equal(one, other.cpu())
+        backend = "auto"
+    except Exception:
+        traceback.print_exc()
+    finally:
+        (options.cache / "backend").write_text(backend)
+        (options.cache / "checked.ready").touch()
+    print(f"matcher: {backend}, after {time.time() - options.began:.0f} s", flush=True)
+
+
 def compute(options: argparse.Namespace) -> None:
     """What enters the upper layers, with windowed or full attention below."""
     from benchmarks.addresses.halves import compute_hidden
@@ -164,6 +196,7 @@ def work(options: argparse.Namespace, worker: int) -> None:
         tuple(layer - options.cut for layer in options.layers),
         options.window,
         options.sinks,
+        "auto",
     )
     upper = upper_half(model, options.cut)
     del model
@@ -178,6 +211,8 @@ def work(options: argparse.Namespace, worker: int) -> None:
             continue
         kind = "full" if name == "ceiling" else "windowed"
         wait_for(options, kind)
+        wait_for(options, "checked")
+        plan = plan._replace(backend=(options.cache / "backend").read_text())
         began = time.time()
         fresh = copy.deepcopy(upper)
         width = fresh.config.hidden_size
@@ -189,8 +224,10 @@ def work(options: argparse.Namespace, worker: int) -> None:
             texts.append(Text(blocks[part], partial(given.take, hidden, parameter.device)))
         try:
             train_variant(fresh, *texts, name, seed, plan, options.output / f"{name}-{seed}.json")
-        except Exception:
+        except Exception as error:
             traceback.print_exc()
+            if "CUDA" in str(error):
+                break  # nothing that this process does on the GPU would work any more
         longest = max(longest, time.time() - began)
 
 

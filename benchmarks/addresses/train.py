@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Plan(NamedTuple):
         layers: layers with an adapter.
         window: of attention, in tokens.
         sinks: tokens that stay visible.
+        backend: who matches.
     """
 
     tokens: int
@@ -44,6 +45,7 @@ class Plan(NamedTuple):
     layers: tuple[int, ...]
     window: int
     sinks: int
+    backend: Literal["auto", "cpu"]
 
 
 class Text(NamedTuple):
@@ -59,7 +61,7 @@ def train_variant(
     """Train one variant of a plain, frozen model and write its measurements as JSON."""
     torch.manual_seed(seed)
     began = time.time()
-    fields = rosa_fields(name, plan.layers, plan.window, plan.sinks)
+    fields = rosa_fields(name, plan.layers, plan.window, plan.sinks) | {"backend": plan.backend}
     rosa = RosaConfig(**fields)
     config = TuneConfig(rosa=rosa, lr=plan.lr, seed=seed, **VARIANTS[name].tune)
     length = train.ids.shape[1]

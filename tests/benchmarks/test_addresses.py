@@ -51,7 +51,7 @@ def test_every_variant_trains_and_reports(tmp_path, name):
     upper = upper_half(model, CUT).requires_grad_(False)
     given = Given.of(upper)
     read = [Text(ids, partial(given.take, hidden, torch.device("cpu"))) for ids, hidden in parts]
-    plan = Plan(tokens=180, batch=1, lr=1e-2, layers=(0, 1), window=9, sinks=3)
+    plan = Plan(tokens=180, batch=1, lr=1e-2, layers=(0, 1), window=9, sinks=3, backend="auto")
     before = copy.deepcopy(upper.state_dict())
     train_variant(upper, *read, name, 0, plan, tmp_path / "run.json")
     found = json.loads((tmp_path / "run.json").read_text())
