@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rosakit import native, symbols
 from rosakit.errors import InvalidInputError, warn_once
-from rosakit.layers.state import History
+from rosakit.layers.history import History
 from rosakit.ops import suffix_match
 
 
