@@ -81,8 +81,10 @@ def test_the_read_passes_opcheck():
     match = ahead.begin(q, k, bits=4).result()
     torch.library.opcheck(
         torch.ops.rosakit.counterfactual_read.default,
-        (q, k, v, e0, e1, e_null, None, match.position, match.cf_position)
-        + (4, "token", "null", "matched", True, 1.0),
+        (
+            *(q, k, v, e0, e1, e_null, None, match.position, match.cf_position),
+            *(4, "token", "null", "matched", True, 1.0),
+        ),
     )
 
 

@@ -110,9 +110,9 @@ def test_flex_is_the_rule(kind, softcap):
 
 
 def test_what_a_form_cannot_do_is_named():
+    model = build()
+    model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UnsupportedModelError, match="attn_implementation='flash_attention_2'"):
-        model = build()
-        model.config._attn_implementation = "flash_attention_2"
         attach(model, RosaConfig())
     oss = build_architecture("gpt_oss")
     oss.config._attn_implementation = "flex_attention"
