@@ -170,7 +170,7 @@ void best_successors(const SuccessorCall& call) {
   check_length(call.time);
   const std::size_t k = call.candidates;
   parallel_for(call.batch, [&](std::size_t row, unsigned) {
-    Stream<Automaton<true>> stream;
+    Stream<Automaton<true>, LinkCut<Flat>> stream;
     Candidates candidates;
     const std::size_t at = row * call.time;
     const i32* starts = call.segment_starts ? call.segment_starts + at : nullptr;
@@ -185,8 +185,9 @@ void best_successors(const SuccessorCall& call) {
                   "tokens must be >= 0; a negative one was found outside padding");
             stream.advance(static_cast<u32>(token), call.max_length);
             stream.append(static_cast<u32>(token));
-            candidates.collect(stream, stream.at, call.candidates, call.min_length,
-                               static_cast<i32>(g.begin), call.position + i * k,
+            if (stream.over_budget()) stream.link_up();
+            candidates.collect(stream, stream.at, static_cast<u32>(token), call.candidates,
+                               call.min_length, static_cast<i32>(g.begin), call.position + i * k,
                                call.length + i * k);
           }
         },

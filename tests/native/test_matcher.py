@@ -191,6 +191,21 @@ def test_best_successors_equal_brute_force(family, seed, alphabet, candidates, c
         assert list(zip(position[0, i].tolist(), length[0, i].tolist(), strict=True)) == want
 
 
+@pytest.mark.parametrize("period", [1, 3])
+def test_best_successors_of_a_long_periodic_stream(period):
+    """Past the budget of the walks latest ends come from the link-cut tree, and a token with one
+    continuation ends the search for others."""
+    n = 20_000
+    tokens = (np.arange(n, dtype=np.int32) % period)[None]
+    position, length = native.best_successors(tokens, 4)
+    at = np.arange(n)
+    found = at >= period
+    np.testing.assert_array_equal(position[0, :, 0], np.where(found, at - period + 1, -1))
+    np.testing.assert_array_equal(length[0, :, 0], np.where(found, at - period + 1, 0))
+    assert (position[0, :, 1:] == -1).all()
+    assert (length[0, :, 1:] == 0).all()
+
+
 def test_wrong_input_is_refused():
     x = np.zeros((1, 1, 4), np.uint8)
     with pytest.raises(InvalidTypeError, match="float32"):

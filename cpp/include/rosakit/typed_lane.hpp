@@ -58,8 +58,8 @@ class TypedLane final : public Lane {
                        i32* length) override {
     feed(token, token, undoable);
     static thread_local Candidates scratch;
-    scratch.collect(stream(), stream().at, candidates, rule_.min_length, static_cast<i32>(start_),
-                    position, length);
+    scratch.collect(stream(), stream().at, token, candidates, rule_.min_length,
+                    static_cast<i32>(start_), position, length);
     return true;
   }
 
