@@ -156,7 +156,10 @@ def main() -> None:
             "date": date.today().isoformat(),
             "commit": commit(),
             "load": [round(x, 2) for x in os.getloadavg()],
-            "command": " ".join(["python -m benchmarks.cpu", *sys.argv[1:]]),
+            "command": " ".join(
+                ["python -m benchmarks.cpu"]
+                + ["FOLDER" if a == str(options.peers) else a for a in sys.argv[1:]]
+            ),
             "seconds": seconds,
             "growth_exponent": exponents,
             "figures": [

@@ -41,7 +41,7 @@ class Plan:
     long: int = 1_048_576
     contexts: tuple[int, ...] = (4096, 32768, 131072)
     routes: int = 512
-    repeats: int = 3
+    repeats: int = 9
     families: tuple[str, ...] = FAMILIES
 
 
