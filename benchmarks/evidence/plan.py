@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from benchmarks.claims import unclaimed
 
 __all__ = ["PLAN", "Planned", "claimed"]
 
@@ -59,17 +60,12 @@ def claimed(plan: Sequence[Planned], folder: Path, deadline: float) -> Iterator[
         folder: of results and claims.
         deadline: on `time.monotonic`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     slowest = fixed = 0.0
-    for run in plan:
-        if (folder / f"{run.name}.json").exists():
-            continue
-        if time.monotonic() + slowest * run.tokens + fixed > deadline:
-            continue
-        try:
-            os.close(os.open(folder / f"{run.name}.claim", os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            continue
+
+    def expected(run: Planned) -> float:
+        return slowest * run.tokens + fixed
+
+    for run in unclaimed(plan, folder, deadline, expected):
         began = time.monotonic()
         yield run
         took = time.monotonic() - began
