@@ -20,7 +20,7 @@ from benchmarks.evidence.view import CHUNK, Seen, View, scattered, viewing
 from rosakit.evaluate.scores import LabelScores, Scorer
 from rosakit.layers import TokenCandidates, TokenRoute
 from rosakit.layers.token_match import best_successors, gather_candidates
-from rosakit.tuning import RosaConfig, attach, detach, rosa_parameters
+from rosakit.tuning import RosaConfig, attach, detach, is_attached, rosa_parameters
 from rosakit.tuning.loss import Head, candidate_nll, log_probs_of
 
 __all__ = ["Learner", "Sizes"]
@@ -68,6 +68,14 @@ class Learner:
     history: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        try:
+            self._add()
+        except BaseException:
+            self.remove()  # the next arm starts from the plain model
+            raise
+
+    def _add(self) -> None:
+        """Put into the model what the arm trains."""
         torch.manual_seed(self.seed)
         self.model.requires_grad_(False)
         first = next(self.model.parameters())
@@ -220,7 +228,7 @@ class Learner:
 
     def remove(self) -> None:
         """Take off the model what was added to it."""
-        if self.adapters:
+        if is_attached(self.model):
             detach(self.model)
         remove_summed_lora(self.model)
 
