@@ -61,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         model, tokenizer = _load(options)
         queue = [Planned(p.arm, p.seed, p.window, int(p.tokens * options.scale)) for p in PLAN]
         if options.every_arm:
-            queue = [Planned(a, 0, options.window, options.tokens) for a in arms(options.window)]
+            names = reversed(arms(options.window))  # the composed ones first
+            queue = [Planned(a, 0, options.window, options.tokens) for a in names]
         for planned in claimed(queue, options.work / "runs", began + options.seconds):
             try:
                 run(
