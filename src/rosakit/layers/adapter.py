@@ -457,18 +457,18 @@ class RosaAdapter(nn.Module):
             and not torch.is_grad_enabled()
         )
 
-    def _decode(self, u: Tensor, context: RosaContext) -> tuple[Tensor, Tensor, Match]:
+    def _decode(self, u: Tensor, context: RosaContext) -> tuple[Tensor, Tensor, Match | None]:
         """``y``, ``v`` and the match as `_read_streaming` has them, with fewer launches."""
         assert context.states is not None
         batch, length, _ = u.shape
         state = context.states.growing(self, batch, length)
-        joined = self.projections.addresses_and_values(u)
-        channels = list(joined.split(self.channels, dim=-1))
+        channels, joined = self.projections.addresses_and_values(u)
         levels = self.e0, self.e1, self.e_null
         if isinstance(state, AdapterState):
             y, match = state.extend(channels, None, context.mask, *levels, joined=joined)
         else:
-            y, match = state.extend(channels, None, context.mask, *levels)
+            wanted = context.records(self.layer_index)
+            y, match = state.extend(channels, None, context.mask, *levels, wants_match=wanted)
         return y, channels[-1], match
 
     def extra_repr(self) -> str:

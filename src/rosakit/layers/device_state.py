@@ -64,12 +64,11 @@ class DeviceState:
             min_length=adapter.min_length,
             device=device,
         )
-        self.values = torch.empty((batch, adapter.routes, 0), dtype=torch.uint8, device=device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory held."""
-        return self.memory.nbytes + self.values.numel()
+        return self.memory.nbytes
 
     def full(self, more: int) -> bool:
         """Whether `more` positions go beyond the limit."""
@@ -83,31 +82,30 @@ class DeviceState:
         e0: Tensor,
         e1: Tensor,
         e_null: Tensor | None,
-    ) -> tuple[Tensor, Match]:
-        """As `AdapterState.extend`; the match is on the device."""
+        *,
+        wants_match: bool = True,
+    ) -> tuple[Tensor, Match | None]:
+        """As `AdapterState.extend`; the match is on the device, and may be left out."""
         assert match is None
         bits, v = self.options.bits, channels[-1]
+        own = self.options.unmatched == "self"
+        if self.memory.fits(channels, e0) and not (torch.is_grad_enabled() and v.requires_grad):
+            return self.memory.read(
+                *channels, e0, e1, e_null, mask=mask, own=own, match=wants_match
+            )
         kernels = gpu_kernels(v, v, bits)
         pack = symbols.pack if kernels is None else kernels.pack
         q, k, value = (pack(x, bits) for x in channels)
-        before, most = self.memory.lengths, self.memory.most
-        found = self.memory.extend(q, k, mask=mask)
-        own, place = self.memory.places(before, most, value.shape[2], mask)
-        missing = self.memory.keys.shape[2] - self.values.shape[2]
-        if missing:
-            self.values = torch.nn.functional.pad(self.values, (0, missing))
-        self.values.scatter_(2, place[:, None].expand_as(value), value)
-        position = found.position
-        if self.options.unmatched == "self":
-            position = torch.where(position >= 0, position, own[:, None].to(torch.int32))
-        read = self.values.gather(2, position.clamp(min=0).to(torch.int64))
-        matched = channel_mask(position, bits)
+        read, found = self.memory.read_whole(q, k, value, mask=mask, own=own)
+        if own:
+            matched = torch.ones_like(v, dtype=torch.bool)
+        else:
+            matched = channel_mask(found.position, bits)
         return values_of_bits(symbols.unpack(read, bits), matched, e0, e1, e_null, v.dtype), found
 
     def select(self, rows: Tensor) -> None:
         """Keep rows in the given order (beam search)."""
         self.memory = self.memory.index_select(rows)
-        self.values = self.values[rows.to(self.values.device)]
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget what lies past the given lengths ``[B]``."""
@@ -121,6 +119,5 @@ class DeviceState:
         """
         lengths = self.memory.lengths.cpu()
         longest = int(lengths.max()) if len(lengths) else 0
-        tables = (self.memory.queries, self.memory.keys, self.values)
         real = torch.arange(longest) < lengths[:, None]
-        return [x[..., :longest].contiguous().cpu() for x in tables], real
+        return [x[..., :longest].contiguous().cpu() for x in self.memory.history()], real

@@ -16,6 +16,9 @@ _JOINED = 512
 """Widest q, k and v whose weights are joined for decoding: a copy of more costs too much memory,
 and there a launch more hardly counts."""
 
+_FEW = 64
+"""Tokens up to which low-rank factors are joined: beyond, launches hardly count."""
+
 
 def version_of(x: Tensor) -> tuple[int, int]:
     """What changes when a tensor's content does (inference tensors do not say)."""
@@ -123,7 +126,7 @@ class Projections(nn.Module):
     ) -> None:
         super().__init__()
         self.tied_start, self.silent_addresses = tied_start, silent_addresses
-        self._joined: tuple[tuple[Any, ...], Tensor] | None = None
+        self._joined: tuple[tuple[Any, ...], tuple[Tensor, ...]] | None = None
 
         def map_of(in_features: int, out_features: int) -> Projection:
             return Projection(in_features, out_features, rank, device=device, dtype=dtype)
@@ -135,21 +138,44 @@ class Projections(nn.Module):
         self.w_own = map_of(channels, hidden_size) if own_value else None
         self.reset_parameters()
 
-    def addresses_and_values(self, x: Tensor) -> Tensor:
-        """q, k and v side by side ``[B, T, 3 C]``, in one product where that is cheaper.
+    def addresses_and_values(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """q, k and v ``[B, T, C]``, in one or two products where that is cheaper.
 
         Without gradients: the joined weights are a copy, made anew when a weight has changed.
+
+        Returns:
+            The three, and the tensor ``[B, T, 3 C]`` that they are views of, if there is one.
         """
         assert self.w_q is not None
         maps = [self.w_q, self.w_q if self.w_k is None else self.w_k, self.w_v]
-        if self.w_v.rank is not None or self.w_v.out_features > _JOINED:
+        batch, length, _ = x.shape
+        ranks = {m.rank for m in maps}
+        few = batch * length <= _FEW and not torch.is_autocast_enabled(x.device.type)
+        if ranks == {None} and self.w_v.out_features <= _JOINED:
+            (weight,) = self._copies(maps, ("weight",))
+            joined = F.linear(x, weight)
+            return list(joined.split(self.w_v.out_features, dim=-1)), joined
+        if None in ranks or len(ranks) > 1 or not few:
             q = maps[0](x)
-            return torch.cat([q, q if self.w_k is None else maps[1](x), maps[2](x)], dim=-1)
-        weights = [m.weight for m in maps]
-        name = tuple(version_of(w) for w in weights)
+            return [q, q if self.w_k is None else maps[1](x), maps[2](x)], None
+        down, up = self._copies(maps, ("down", "up"))
+        inner = F.linear(x.reshape(batch * length, -1), down)
+        rank = down.shape[0] // 3
+        # [3, B T, rank] by [3, rank, C]
+        parts = torch.bmm(inner.view(batch * length, 3, rank).transpose(0, 1), up)
+        return [part.view(batch, length, -1) for part in parts.unbind()], None
+
+    def _copies(self, maps: list[Projection], names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """The maps' weights side by side; the second factors stacked and turned."""
+        weights = [m._parameters[name] for name in names for m in maps]
+        name = tuple(version_of(w) for w in weights if w is not None)
         if self._joined is None or self._joined[0] != name:
-            self._joined = (name, torch.cat([w.detach() for w in weights]))
-        return F.linear(x, self._joined[1])
+            given = [w.detach() for w in weights if w is not None]
+            made: tuple[Tensor, ...] = (torch.cat(given[:3]),)
+            if len(given) > 3:
+                made = (*made, torch.stack([w.t() for w in given[3:]]).contiguous())
+            self._joined = (name, made)
+        return self._joined[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_joined": None}  # a copy makes its own
