@@ -141,8 +141,11 @@ def stream_memory(monkeypatch: pytest.MonkeyPatch, saturated: int = 65535) -> No
     def launch(self, name, tensors, before, after, formats=(0, 0)):
         launch_stream(
             *(name, tensors, before, after, self.capacity, self.batch * self.routes),
-            **{"NIBBLES": int(self.bits <= 4), "M": self.bits},
-            **{"SCALAR": formats[0], "E_SCALAR": formats[1], "SATURATED": saturated},
+            NIBBLES=int(self.bits <= 4),
+            M=self.bits,
+            SCALAR=formats[0],
+            E_SCALAR=formats[1],
+            SATURATED=saturated,
         )
 
     def by_oracle(q, k, *, max_length, min_length, segment_starts):

@@ -38,7 +38,7 @@ def symbol_bytes(bits: int) -> float:
 def folded(symbols: Tensor, bits: int) -> Tensor:
     """uint8 symbols ``[..., n]`` as they are stored; n is even."""
     if bits > 4:
-        return symbols
+        return symbols.contiguous()
     return symbols[..., ::2] | symbols[..., 1::2] << 4
 
 
@@ -175,7 +175,7 @@ class StreamMemory:
                 *(q, k, v, e0, e1, e_null),
                 None if kept is None else kept.to(torch.uint8).contiguous(),
                 *(self.queries, self.keys, self.values, self.runs, self._ragged, y),
-                *((None, None) if found is None else found),
+                *((None, None) if found is None else found[:2]),
             ],
             [self._most, self.routes, n],
             [self.max_length or _UNLIMITED, self.min_length, v.stride(1), int(own)],
