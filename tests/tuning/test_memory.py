@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Qwen3Config
 
 from rosakit.errors import InvalidInputError
+from rosakit.layers import state as state_module
 from rosakit.tuning import RosaConfig, attach, cache_memory, plan_memory
+from tests.cuda import emulated
 from tests.tuning.tiny import attached, build, tokens
 
 
@@ -77,3 +79,39 @@ def test_what_is_no_cache_of_an_attached_model_is_refused():
     with pytest.raises(InvalidInputError, match="context=0"):
         plan_memory(build().config, RosaConfig(), 0)
     assert cache_memory(attached()(tokens(1, 2), past_key_values=DynamicCache()).past_key_values)
+
+
+@torch.no_grad()
+def test_states_on_a_gpu_are_counted_and_planned(monkeypatch):
+    """They count as memory of the device, and plans come as close as tables grow."""
+    emulated.stream_memory(monkeypatch)
+    monkeypatch.setattr(state_module, "positions_on_device", lambda adapter: None)
+    config = RosaConfig(window=9, sink_tokens=3, routes=2)
+    model = attach(build(), config)
+    cache = model(tokens(2, 300), use_cache=True).past_key_values
+    found = cache_memory(cache)
+    assert found.suffix == found.history == 0
+    assert found.states == cache.layers[-1].states.nbytes > 0
+    assert found.device == held_by(cache) + found.states
+    plan = plan_memory(model.config, config, 300, batch=2, dtype=torch.float32, gpu=True)
+    assert 0.85 < plan.states / found.states <= 1
+    assert (plan.suffix, plan.history) == (0, 0)
+
+
+def test_what_auto_keeps_on_a_gpu():
+    shape = Qwen3Config(
+        hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8
+    )
+    for routes, layers, stays in (
+        (56, None, True),
+        (512, tuple(range(0, 28, 4)), True),
+        (512, None, False),
+    ):
+        config = RosaConfig(window=2048, routes=routes, layers=layers)
+        plan = plan_memory(shape, config, 131072, gpu=True)
+        assert (plan.states > 0) == stays
+        assert (plan.suffix > 0) != stays
+        # An eighth more while the tables grow.
+        assert plan.window + 1.125 * plan.states <= 0.15 * plan.plain
+        assert plan_memory(shape, config, 4096, gpu=True).suffix == 0
+        assert plan_memory(shape, config, 4096, gpu=False).states == 0

@@ -179,6 +179,7 @@ class RosaAdapter(nn.Module):
             hash_seed,
         )
         self.credit_margin = credit_margin
+        self.ordinary_bytes: float | None = None  # see `device_state.auto_positions`
 
         channels = routes * bits
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -464,6 +465,7 @@ class RosaAdapter(nn.Module):
         state = context.states.growing(self, batch, length)
         channels, joined = self.projections.addresses_and_values(u)
         levels = self.e0, self.e1, self.e_null
+        match: Match | None
         if isinstance(state, AdapterState):
             y, match = state.extend(channels, None, context.mask, *levels, joined=joined)
         else:

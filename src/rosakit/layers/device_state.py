@@ -1,9 +1,9 @@
 """`DeviceState`: one adapter's streaming state in GPU memory, and when it is chosen.
 
-A step never leaves the device, at the price of memory that grows with the context
-(`docs/guides/backends.md`): 7 bytes a route and position, where the
-window's keys and values do not grow. So ``backend="auto"`` keeps a state on the device for short
-contexts only and then moves it to the host; ``"cuda"`` keeps it there, ``"cpu"`` never does.
+A step never leaves the device, at the price of device memory that grows with the context:
+`rosakit.cuda.stream.bytes_a_symbol` a route and position, 3.5 bytes up to four bits a route. So
+``backend="auto"`` keeps a state there while it is a small part of what an ordinary cache would hold
+(`positions_on_device`), else for short contexts only; ``"cuda"`` keeps it there, ``"cpu"`` never.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rosakit import cuda, symbols
-from rosakit.cuda.stream import StreamMemory
+from rosakit.cuda import matcher
+from rosakit.cuda.stream import StreamMemory, bytes_a_symbol
 from rosakit.ops.retrieve import gpu_kernels, values_of_bits
 from rosakit.ops.rows import channel_mask
 from rosakit.types import Match
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
     from rosakit.layers.adapter import RosaAdapter
 
 AUTO_POSITIONS = 4096
-"""Positions up to which "auto" keeps a state on the device: about twice the memory that a window
-of 2048 takes in a layer of that width. `benchmarks/gpu/decode.py` measures the steps' crossover."""
+"""Positions up to which "auto" keeps any state on the device."""
+
+AUTO_SHARE = 0.125
+"""Share of an ordinary cache's keys and values that "auto" lets the states of all adapters of a
+model take: with growth's slack and a window they stay below 15% of it at long contexts."""
 
 _OPTIONS = (
     *("address", "bits", "routes", "unmatched", "granularity", "successor"),
@@ -39,7 +43,23 @@ def positions_on_device(adapter: RosaAdapter) -> int | None:
     on_gpu = adapter.e0.is_cuda and cuda.available()
     if not fits or not on_gpu or adapter.backend not in ("auto", "cuda"):
         return 0
-    return None if adapter.backend == "cuda" else AUTO_POSITIONS
+    if adapter.backend == "cuda":
+        return None
+    return auto_positions(adapter.routes, adapter.bits, adapter.ordinary_bytes)
+
+
+def auto_positions(routes: int, bits: int, ordinary_bytes: float | None) -> int:
+    """How many positions "auto" keeps on the device.
+
+    Args:
+        routes, bits: of the adapter.
+        ordinary_bytes: of keys and values that an ordinary cache holds for a position of the
+            whole model, divided by the number of adapters; None where that is not known.
+    """
+    own = routes * bytes_a_symbol(bits)
+    if ordinary_bytes is not None and own <= AUTO_SHARE * ordinary_bytes:
+        return matcher.MAX_POSITIONS
+    return AUTO_POSITIONS
 
 
 class DeviceState:
@@ -90,9 +110,8 @@ class DeviceState:
         bits, v = self.options.bits, channels[-1]
         own = self.options.unmatched == "self"
         if self.memory.fits(channels, e0) and not (torch.is_grad_enabled() and v.requires_grad):
-            return self.memory.read(
-                *channels, e0, e1, e_null, mask=mask, own=own, match=wants_match
-            )
+            q, k, v = channels
+            return self.memory.read(q, k, v, e0, e1, e_null, mask=mask, own=own, match=wants_match)
         kernels = gpu_kernels(v, v, bits)
         pack = symbols.pack if kernels is None else kernels.pack
         q, k, value = (pack(x, bits) for x in channels)
