@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import rosakit
 from rosakit.files import atomic_write
-from rosakit.tuning.attention_forms import Scores, block_mask, dense, flexible
+from rosakit.tuning.attention_forms import Scores, block_mask, dense, eager, flexible
 from rosakit.tuning.window import AttentionPlan, block_attention, positions, visible
 
 HEADS, GROUPS, WIDTH, WINDOW, SINKS, SEED = 16, 8, 128, 2048, 4, 20261122
@@ -57,6 +57,9 @@ def forms(length: int, device: str) -> dict[str, Callable[[Tensor, Tensor, Tenso
     return {
         "full attention": full,
         "blocks": lambda q, k, v: block_attention(q, k, v, blocks, attend),
+        "blocks, eager": lambda q, k, v: block_attention(
+            q, k, v, blocks, lambda *x: eager(*x, Scores())
+        ),
         "flex": lambda q, k, v: flexible(q, k, v, mask, Scores()),
     }
 
@@ -96,10 +99,9 @@ def median_ms(work: Callable[[], object], repeats: int = 7) -> float:
     return statistics.median(times)
 
 
-def measure(length: int) -> list[dict[str, Any]]:
+def measure(length: int, keep: Callable[[dict[str, Any]], None]) -> None:
     """Forward, and forward with backward, of every form."""
     q, k, v = states(length, "cuda", torch.bfloat16)
-    rows = []
     for name, form in forms(length, "cuda").items():
 
         def forward(form: Callable[..., Tensor] = form) -> None:
@@ -115,8 +117,8 @@ def measure(length: int) -> list[dict[str, Any]]:
         row["forward_backward_ms"] = median_ms(both)
         row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
         print(json.dumps(row), flush=True)
-        rows.append(row)
-    return rows
+        keep(row)
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -138,10 +140,16 @@ def main() -> None:
         },
         "shape": {"heads": HEADS, "kv_heads": GROUPS, "head_dim": WIDTH, "window": WINDOW},
         "largest_relative_difference": check("cuda"),
-        "rows": [row for length in args.lengths for row in measure(length)],
+        "rows": [],
     }
-    if args.out is not None:
-        atomic_write(args.out, json.dumps(result, indent=1) + "\n")
+
+    def keep(row: dict[str, Any]) -> None:
+        result["rows"].append(row)
+        if args.out is not None:
+            atomic_write(args.out, json.dumps(result, indent=1) + "\n")
+
+    for length in args.lengths:
+        measure(length, keep)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ is its ``p``-th real token. Every operation that a generation loop performs on i
 reorder, crop, batch selection, reset) has its counterpart here.
 
 States live in host memory, beside the suffix memories that the C++ core keeps there, so the
-device holds nothing that grows with the context (but for short contexts on a GPU, see
+device holds nothing that grows with the context (but for states that lie on a GPU, see
 `rosakit.layers.device_state`). A chunk costs one transfer to the host (the bits
 of q, k and v together) and one back (the value bits that were read).
 """
