@@ -61,7 +61,7 @@ class Kernel:
         self._function = function
         self._name = name
         self._allowed = _DEFAULT_SHARED
-        self._words: tuple[Any, int] | None = None
+        self._block = threading.local()  # a thread that launches fills its own
 
     def launch_words(
         self, grid: tuple[int, int, int], threads: int, numbers: Sequence[int]
@@ -73,17 +73,17 @@ class Kernel:
         Raises:
             BackendError: the driver refuses the launch.
         """
-        if self._words is None:
-            slots = (ctypes.c_uint64 * len(numbers))()
-            first = ctypes.addressof(slots)
-            places = (ctypes.c_uint64 * len(numbers))(*range(first, first + 8 * len(numbers), 8))
-            self._words = (slots, ctypes.addressof(places))
-            self._places = places
-        slots, address = self._words
-        slots[:] = numbers
+        block = self._block
+        if not hasattr(block, "slots"):
+            block.slots = (ctypes.c_uint64 * len(numbers))()
+            first = ctypes.addressof(block.slots)
+            places = range(first, first + 8 * len(numbers), 8)
+            block.places = (ctypes.c_uint64 * len(numbers))(*places)
+            block.address = ctypes.addressof(block.places)
+        block.slots[:] = numbers
         stream = torch.cuda.current_stream().cuda_stream
         result = _driver().cuLaunchKernel(
-            self._function, *grid, threads, 1, 1, 0, stream, address, 0
+            self._function, *grid, threads, 1, 1, 0, stream, block.address, 0
         )
         if result[0] != 0:
             _check(result, self._name)

@@ -179,7 +179,9 @@ class RosaAdapter(nn.Module):
             hash_seed,
         )
         self.credit_margin = credit_margin
-        self.ordinary_bytes: float | None = None  # see `device_state.auto_positions`
+        # Of the model that it is attached to: see `device_state.auto_positions`.
+        self.peers = 1
+        self.ordinary_bytes: float | None = None
 
         channels = routes * bits
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -463,7 +465,7 @@ class RosaAdapter(nn.Module):
         assert context.states is not None
         batch, length, _ = u.shape
         state = context.states.growing(self, batch, length)
-        channels, joined = self.projections.addresses_and_values(u)
+        channels, joined = self.projections.addresses_and_values(u, context.states.copies)
         levels = self.e0, self.e1, self.e_null
         match: Match | None
         if isinstance(state, AdapterState):

@@ -2,8 +2,9 @@
 
 A step never leaves the device, at the price of device memory that grows with the context:
 `rosakit.cuda.stream.bytes_a_symbol` a route and position, 3.5 bytes up to four bits a route. So
-``backend="auto"`` keeps a state there while it is a small part of what an ordinary cache would hold
-(`positions_on_device`), else for short contexts only; ``"cuda"`` keeps it there, ``"cpu"`` never.
+``backend="auto"`` keeps a model's states there while they are a small part of what an ordinary
+cache would hold, or small in themselves (`auto_positions`); ``"cuda"`` keeps them there, ``"cpu"``
+never.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from rosakit.types import Match
 if TYPE_CHECKING:
     from rosakit.layers.adapter import RosaAdapter
 
-AUTO_POSITIONS = 4096
-"""Positions up to which "auto" keeps any state on the device."""
-
 AUTO_SHARE = 0.125
 """Share of an ordinary cache's keys and values that "auto" lets the states of all adapters of a
 model take: with growth's slack and a window they stay below 15% of it at long contexts."""
+
+AUTO_BYTES = 2 << 30
+"""Bytes that "auto" lets the states of all adapters and rows of a model take, whatever their share:
+a state on the host costs every layer a wait in every step."""
 
 _OPTIONS = (
     *("address", "bits", "routes", "unmatched", "granularity", "successor"),
@@ -37,29 +39,39 @@ _OPTIONS = (
 )
 
 
-def positions_on_device(adapter: RosaAdapter) -> int | None:
-    """How many positions the adapter's state may hold on its device: 0 none, None any number."""
+def positions_on_device(adapter: RosaAdapter, batch: int) -> int | None:
+    """How many positions the adapter's state of so many rows may hold on its device.
+
+    Returns:
+        0 for none, None for any number.
+    """
     fits = adapter.bits <= 8 and adapter.granularity == "token" and adapter.address == "learned"
     on_gpu = adapter.e0.is_cuda and cuda.available()
     if not fits or not on_gpu or adapter.backend not in ("auto", "cuda"):
         return 0
     if adapter.backend == "cuda":
         return None
-    return auto_positions(adapter.routes, adapter.bits, adapter.ordinary_bytes)
+    return auto_positions(
+        adapter.routes, adapter.bits, batch, adapter.peers, adapter.ordinary_bytes
+    )
 
 
-def auto_positions(routes: int, bits: int, ordinary_bytes: float | None) -> int:
-    """How many positions "auto" keeps on the device.
+def auto_positions(
+    routes: int, bits: int, batch: int, adapters: int, ordinary_bytes: float | None
+) -> int:
+    """How many positions of a row "auto" keeps on the device: see `AUTO_SHARE` and `AUTO_BYTES`.
 
     Args:
-        routes, bits: of the adapter.
-        ordinary_bytes: of keys and values that an ordinary cache holds for a position of the
-            whole model, divided by the number of adapters; None where that is not known.
+        routes, bits: of an adapter.
+        batch: rows.
+        adapters: of the model.
+        ordinary_bytes: of keys and values that an ordinary cache of the whole model holds for a
+            position of a row; None where that is not known.
     """
-    own = routes * bytes_a_symbol(bits)
+    own = adapters * routes * bytes_a_symbol(bits)
     if ordinary_bytes is not None and own <= AUTO_SHARE * ordinary_bytes:
         return matcher.MAX_POSITIONS
-    return AUTO_POSITIONS
+    return min(matcher.MAX_POSITIONS, int(AUTO_BYTES / (own * batch)))
 
 
 class DeviceState:
@@ -68,13 +80,11 @@ class DeviceState:
     Args:
         adapter: the adapter whose options the state follows.
         batch: number of rows.
-        limit: positions after which `full` says so; None for never.
     """
 
-    def __init__(self, adapter: RosaAdapter, batch: int, limit: int | None) -> None:
+    def __init__(self, adapter: RosaAdapter, batch: int) -> None:
         # Not the module: a cache is copied without the model.
         self.options = SimpleNamespace(**{name: getattr(adapter, name) for name in _OPTIONS})
-        self.limit = limit
         device = adapter.e0.device
         self.memory = StreamMemory(
             batch,
@@ -90,9 +100,10 @@ class DeviceState:
         """Bytes of device memory held."""
         return self.memory.nbytes
 
-    def full(self, more: int) -> bool:
-        """Whether `more` positions go beyond the limit."""
-        return self.limit is not None and self.memory.most + more > self.limit
+    @property
+    def length(self) -> int:
+        """Positions held, of the longest row at most."""
+        return self.memory.most
 
     def extend(
         self,

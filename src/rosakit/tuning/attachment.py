@@ -192,8 +192,8 @@ def _adapters(
             **_placement(config, site),
         )
         weight = next(site.attention.parameters())
-        ordinary = len(sites) * key_value_bytes(model.config, weight.element_size())
-        adapter.ordinary_bytes = ordinary / len(chosen)
+        adapter.ordinary_bytes = len(sites) * key_value_bytes(model.config, weight.element_size())
+        adapter.peers = len(chosen)
         injected = InjectedAdapter(adapter, shared)
         if config.inject == "pre_attn":
             injected.set_norm(input_norm(site))

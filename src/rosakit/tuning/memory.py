@@ -13,6 +13,7 @@ from rosakit import cuda
 from rosakit.cuda.stream import bytes_a_symbol
 from rosakit.errors import InvalidInputError
 from rosakit.layers.device_state import DeviceState, auto_positions
+from rosakit.layers.projection import copied_numbers
 from rosakit.tuning.cache import RosaCacheLayer
 from rosakit.tuning.config import RosaConfig
 from rosakit.tuning.modules import key_value_bytes, select_layers
@@ -36,6 +37,7 @@ class CacheMemory:
         suffix: suffix memories of the adapters and of the token route (host memory).
         history: value bits and token ids (host memory).
         plain: keys and values of the same context in an ordinary cache, for comparison.
+        copies: adapters' weights side by side, as decoding reads them (on the model's device).
     """
 
     context: int
@@ -45,11 +47,12 @@ class CacheMemory:
     suffix: int
     history: int
     plain: int
+    copies: int = 0
 
     @property
     def device(self) -> int:
         """Bytes on the model's device."""
-        return self.window + self.full + self.states
+        return self.window + self.full + self.states + self.copies
 
     @property
     def host(self) -> int:
@@ -118,7 +121,8 @@ def cache_memory(cache: Any) -> CacheMemory:
     if states.token is not None:
         suffix += states.token.memory.nbytes
         history += states.token.tokens.nbytes
-    return CacheMemory(rows * carrier.index.length, window, full, on_device, suffix, history, plain)
+    seen = rows * carrier.index.length
+    return CacheMemory(seen, window, full, on_device, suffix, history, plain, states.copies.nbytes)
 
 
 def plan_memory(
@@ -160,12 +164,18 @@ def plan_memory(
         routes = config.routes or text.hidden_size // config.bits
     learned = adapters * routes if config.address == "learned" else 0
     tokens = int(config.token_route or (adapters > 0 and config.address == "token"))
+    copies = 0
+    if learned:
+        copies = copied_numbers(text.hidden_size, routes * config.bits, config.projection_rank)
+        own = dtype if config.adapter_dtype == "auto" else getattr(torch, config.adapter_dtype)
+        copies *= own.itemsize * (1 if config.share_projections else adapters)
     symbols = context * batch
     gpu = cuda.available() if gpu is None else gpu
     held_there = learned and gpu and config.bits <= 8 and config.granularity == "token"
     if held_there and config.backend == "auto":
-        ordinary = layers * key_value_bytes(model_config, dtype.itemsize) / adapters
-        held_there = context <= auto_positions(routes, config.bits, ordinary)
+        ordinary = layers * key_value_bytes(model_config, dtype.itemsize)
+        allowed = auto_positions(routes, config.bits, batch, adapters, ordinary)
+        held_there = context <= allowed
     elif held_there:
         held_there = config.backend == "cuda"
     history = adapters * routes * (1 if config.bits <= 8 else 2)
@@ -180,6 +190,7 @@ def plan_memory(
         suffix=(learned + tokens) * BYTES_A_SYMBOL * symbols,
         history=(history + 4 * tokens) * symbols,
         plain=layers * token * context,
+        copies=copies,
     )
 
 
