@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rosakit.errors import InvalidInputError
+from rosakit.layers.graphs import outside_graphs
 
 __all__ = ["Projection", "Projections", "WeightCopies", "copied_numbers", "version_of"]
 
@@ -109,6 +110,7 @@ class WeightCopies:
             WeakKeyDictionary()
         )
 
+    @outside_graphs
     def of(
         self, owner: nn.Module, maps: list[Projection], names: tuple[str, ...]
     ) -> tuple[Tensor, ...]:
