@@ -179,6 +179,9 @@ class RosaAdapter(nn.Module):
             hash_seed,
         )
         self.credit_margin = credit_margin
+        # Of the model that it is attached to: see `device_state.auto_positions`.
+        self.peers = 1
+        self.ordinary_bytes: float | None = None
 
         channels = routes * bits
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -457,18 +460,19 @@ class RosaAdapter(nn.Module):
             and not torch.is_grad_enabled()
         )
 
-    def _decode(self, u: Tensor, context: RosaContext) -> tuple[Tensor, Tensor, Match]:
+    def _decode(self, u: Tensor, context: RosaContext) -> tuple[Tensor, Tensor, Match | None]:
         """``y``, ``v`` and the match as `_read_streaming` has them, with fewer launches."""
         assert context.states is not None
         batch, length, _ = u.shape
         state = context.states.growing(self, batch, length)
-        joined = self.projections.addresses_and_values(u)
-        channels = list(joined.split(self.channels, dim=-1))
+        channels, joined = self.projections.addresses_and_values(u, context.states.copies)
         levels = self.e0, self.e1, self.e_null
+        match: Match | None
         if isinstance(state, AdapterState):
             y, match = state.extend(channels, None, context.mask, *levels, joined=joined)
         else:
-            y, match = state.extend(channels, None, context.mask, *levels)
+            wanted = context.records(self.layer_index)
+            y, match = state.extend(channels, None, context.mask, *levels, wants_match=wanted)
         return y, channels[-1], match
 
     def extra_repr(self) -> str:

@@ -5,7 +5,7 @@ is its ``p``-th real token. Every operation that a generation loop performs on i
 reorder, crop, batch selection, reset) has its counterpart here.
 
 States live in host memory, beside the suffix memories that the C++ core keeps there, so the
-device holds nothing that grows with the context (but for short contexts on a GPU, see
+device holds nothing that grows with the context (but for states that lie on a GPU, see
 `rosakit.layers.device_state`). A chunk costs one transfer to the host (the bits
 of q, k and v together) and one back (the value bits that were read).
 """
@@ -25,7 +25,7 @@ from rosakit.errors import InvalidInputError
 from rosakit.layers.device_state import DeviceState, positions_on_device
 from rosakit.layers.graphs import outside_graphs
 from rosakit.layers.history import History
-from rosakit.layers.projection import version_of
+from rosakit.layers.projection import WeightCopies, version_of
 from rosakit.layers.token_match import TokenCandidates
 from rosakit.layers.token_states import CodeState, FarState, RecentTokens
 from rosakit.types import Match
@@ -269,9 +269,11 @@ class RosaStates:
 
     Attributes:
         lengths: int64 ``[B]``, real tokens seen so far, or None before the first chunk.
+        copies: the adapters' weights as decoding reads them; no state, not in `nbytes`.
     """
 
     def __init__(self) -> None:
+        self.copies = WeightCopies()
         self.lengths: Tensor | None = None
         self.token: TokenState | None = None
         self.adapters: dict[int, AdapterState | DeviceState] = {}
@@ -295,13 +297,14 @@ class RosaStates:
         On the device as far as `positions_on_device` allows, then in host memory.
         """
         state = self.adapters.get(module.layer_index)
-        if state is None:
-            limit = positions_on_device(module)
-            if limit is None or more <= limit:
-                state = self.adapters[module.layer_index] = DeviceState(module, batch, limit)
-        if isinstance(state, DeviceState) and not state.full(more):
+        if isinstance(state, AdapterState):
             return state
-        return self.adapter(module, batch)
+        limit = positions_on_device(module, batch)
+        if limit is not None and (0 if state is None else state.length) + more > limit:
+            return self.adapter(module, batch)
+        if state is None:
+            state = self.adapters[module.layer_index] = DeviceState(module, batch)
+        return state
 
     def settle(self, modules: Iterable[RosaAdapter]) -> None:
         """Bring every state to host memory, as saving wants it."""
@@ -373,6 +376,7 @@ class RosaStates:
         self.lengths, self.token, self.recent, self.far = None, None, None, None
         self.adapters.clear()
         self.coded.clear()
+        self.copies.clear()
 
     def _each(
         self,

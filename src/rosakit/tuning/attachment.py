@@ -27,6 +27,7 @@ from rosakit.tuning.modules import (
     check_windowable,
     decoder_of,
     input_norm,
+    key_value_bytes,
     select_layers,
     window_form,
 )
@@ -157,7 +158,8 @@ def _adapters(
 ) -> dict[int, InjectedAdapter]:
     hidden = _hidden_size(model, config)
     built = {}
-    for index in select_layers("layers", config.layers, len(sites)):
+    chosen = select_layers("layers", config.layers, len(sites))
+    for index in chosen:
         site = sites[index]
         adapter = RosaAdapter(
             hidden,
@@ -189,6 +191,9 @@ def _adapters(
             projections=projections,
             **_placement(config, site),
         )
+        weight = next(site.attention.parameters())
+        adapter.ordinary_bytes = len(sites) * key_value_bytes(model.config, weight.element_size())
+        adapter.peers = len(chosen)
         injected = InjectedAdapter(adapter, shared)
         if config.inject == "pre_attn":
             injected.set_norm(input_norm(site))
