@@ -178,8 +178,8 @@ def test_checkpointed_layers_draw_the_same_sample(reentrant):
 def test_what_cannot_be_sampled_is_refused():
     with pytest.raises(InvalidInputError, match="stride must be at least 1"):
         gradients(stride=0)
+    x = torch.zeros(1, 1, 4, dtype=torch.uint8)
     with pytest.raises(InvalidInputError, match="counterfactual_at must be bool"):
-        x = torch.zeros(1, 1, 4, dtype=torch.uint8)
         suffix_match(x, x, counterfactual_bits=1, counterfactual_at=torch.zeros(1, 3))
     with pytest.raises(InvalidInputError, match="counterfactual_stride"):
         RosaConfig(estimator="bitflip", counterfactual_stride=2)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rosakit.tuning import RosaConfig
-from rosakit.tuning.result import load_result
 from rosakit.tuning.settings import TuneConfig
 from rosakit.tuning.train import tune
 from tests.tuning.texts import corpus, model, tokenizer
@@ -66,6 +66,36 @@ def launched(stage: str, output: Path, *flags: str) -> None:
         env=environment,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+@pytest.mark.skipif(
+    not GPU, reason="needs two GPUs: on the CPU DeepSpeed first compiles its own operators"
+)
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_two_processes_take_the_steps_of_one(tmp_path, stage):
+    launched(stage, tmp_path / stage)
+    alone = train(tmp_path / "one", 1)
+    found = json.loads((tmp_path / stage / "found.json").read_text())
+    assert found == pytest.approx(alone, rel=1e-4)
+    # What was saved is whole: it loads in one process, and is what one process learned.
+    got, wanted = (saved_tensors(tmp_path / name) for name in (stage, "one"))
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(got[name], tensor, rtol=2e-2, atol=2e-3, msg=name)
+
+
+def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All that a result holds."""
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= {f"{file.name}:{name}": t for name, t in load_file(file).items()}
+    assert found
+    return found
 
 
 if __name__ == "__main__":

@@ -120,7 +120,8 @@ class Job:
                 out[0],
                 out[1],
                 out[2] if len(out) > 2 else None,
-                **by_row,
+                segment_starts=by_row.get("segment_starts"),
+                flip_at=by_row.get("flip_at"),
                 **self.rules,
             )
         targets = [x for x in self.match_tensors if x is not None]

@@ -1,8 +1,8 @@
 """Which query positions are credited when only a sample of them is.
 
-Stratified: of every ``stride`` neighbouring positions one, at a pseudo-random place. So each position
-is drawn with probability exactly ``1 / stride``, at the end of a sequence too, and counting what is
-drawn ``stride`` times gives the full sum on average.
+Stratified: of every ``stride`` neighbouring positions one, at a pseudo-random place. So each
+position is drawn with probability ``1 / stride``, at the end of a sequence too, and counting what
+is drawn ``stride`` times gives the full sum on average.
 
 The draw is a pure function of the query's bits and a seed. A layer that is recomputed under
 gradient checkpointing, a resumed run and a match begun ahead draw alike without any state of a
