@@ -1,0 +1,180 @@
+"""Learned selection: which exact match to read, and whether to trust it.
+
+Exact token matches offer a few candidates: the best distinct successors and the best one beyond a
+distance. What is learned is the address itself: projections of the query's hidden state and of the
+candidates' hidden states score every candidate against the others and against reading nothing,
+
+    s(i, p) = (a_i . b_p + c_i . d_(p-1)) / sqrt(W) + length + rank + distance
+    share   = softmax over {s(i, p_1), ..., s(i, p_K), null_i}
+
+with ``p`` the position that would be read: ``b_p`` knows what followed the matched context and
+``d_(p-1)`` how that context ended. The candidate with the largest share is read, hard. A route
+reads it only where the share reaches the route's own tier, so the output projection sees how far a
+read can be trusted, as length tiers show it for fixed matches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rosakit.errors import InvalidInputError
+from rosakit.layers.projection import Projection
+from rosakit.layers.token_route import length_bucket
+from rosakit.types import NO_MATCH, Match
+
+__all__ = ["Selection", "selection_loss"]
+
+_LENGTHS = 24
+_DISTANCES = 24
+"""Octaves of the distance; the last is open."""
+
+
+class Selection(nn.Module):
+    """Scores exact candidates against each other and against reading nothing.
+
+    At the start no hidden state counts and the better rank wins: the fixed match. Query maps are
+    zero then and have a gradient at the first step, key maps from the second on.
+
+    Args:
+        hidden_size: H, width of the hidden states.
+        width: W, of each of the two products.
+        candidates: K.
+        tiers: shares that the routes ask for in turn; () for reading everywhere.
+        device: where the parameters live.
+        dtype: their type.
+
+    Raises:
+        InvalidInputError: a width below 1, or tiers outside 0..1.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int,
+        candidates: int,
+        tiers: tuple[float, ...] = (),
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if width < 1 or any(not 0 <= tier < 1 for tier in tiers):
+            raise InvalidInputError(
+                f"a selection needs a width of at least 1 and tiers from 0 to below 1; got {width} "
+                f"and {tiers}"
+            )
+        self.width, self.candidates, self.tiers = width, candidates, tuple(tiers)
+        self.query = Projection(hidden_size, 2 * width, device=device, dtype=dtype)
+        self.key = Projection(hidden_size, 2 * width, device=device, dtype=dtype)
+        self.null = Projection(hidden_size, 1, device=device, dtype=dtype)
+
+        def table(size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+
+        self.length_score, self.distance_score = table(_LENGTHS), table(_DISTANCES)
+        self.rank_score, self.null_score = table(candidates), table(1)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to the start: the first candidate, whatever the hidden states."""
+        self.query.reset(zero=True)
+        self.null.reset(zero=True)
+        self.key.reset()
+        for score in (self.length_score, self.distance_score, self.null_score):
+            score.zero_()
+        rank = torch.arange(self.candidates, dtype=torch.float32)
+        self.rank_score.copy_(1.0 - rank)
+
+    def keys(self, u: Tensor) -> Tensor:
+        """What later positions compare themselves with: float32 ``[B, T, 2 W]``."""
+        keys: Tensor = self.key(u)
+        return keys.float()
+
+    def gather(self, keys: Tensor, position: Tensor) -> Tensor:
+        """Keys of the candidates ``[B, K, T, 2 W]`` of a whole sequence.
+
+        Args:
+            keys: ``[B, T, 2 W]``.
+            position: ``[B, K, T]``, positions that would be read, negative where none.
+        """
+        batch, count, length = position.shape
+        read = position.clamp(min=0).to(torch.int64).view(batch, -1, 1)
+        halves = [
+            half.gather(1, place.expand(-1, -1, self.width))
+            for half, place in zip(
+                keys.split(self.width, -1), (read, (read - 1).clamp(min=0)), strict=True
+            )
+        ]
+        return torch.cat(halves, -1).view(batch, count, length, -1)
+
+    def forward(self, u: Tensor, keys: Tensor, found: Match, distance: Tensor) -> Tensor:
+        """Log shares ``[B, T, K + 1]`` in float32, the last of reading nothing; -inf where none.
+
+        Args:
+            u: ``[B, T, H]``.
+            keys: ``[B, K, T, 2 W]``, of the candidates.
+            found: their positions and lengths ``[B, K, T]``.
+            distance: ``[B, K, T]``, tokens back to the position read.
+        """
+        query = self.query(u).float()[:, None]
+        score = (query * keys).sum(-1) / self.width**0.5
+        octave = torch.log2(distance.clamp(min=1).float()).floor().clamp(max=_DISTANCES - 1)
+        score = (
+            score
+            + self.length_score.float()[length_bucket(found.length)]
+            + self.distance_score.float()[octave.to(torch.int64)]
+            + self.rank_score.float()[:, None]
+        )
+        score = score.masked_fill(found.position < 0, -torch.inf)
+        null = self.null(u).float() + self.null_score.float()
+        return torch.cat([score.transpose(1, 2), null], -1).log_softmax(-1)
+
+    def choose(self, log_share: Tensor, found: Match, routes: int) -> Match:
+        """What each route reads: position and length int32 ``[B, R, T]``."""
+        best, rank = log_share[..., :-1].detach().max(-1)  # [B, T]
+        position = found.position.gather(1, rank[:, None])
+        length = found.length.gather(1, rank[:, None])
+        tiers = torch.tensor(self.tiers or (0.0,), device=best.device)
+        least = tiers[torch.arange(routes, device=best.device) % len(tiers)][None, :, None]
+        refused = (best.exp()[:, None] < least) | (position < 0)
+        return Match(
+            torch.where(refused, NO_MATCH, position).to(torch.int32),
+            torch.where(refused, 0, length).to(torch.int32),
+        )
+
+
+def selection_loss(
+    log_share: Tensor,
+    position: Tensor,
+    input_ids: Tensor,
+    *,
+    segment_starts: Tensor | None = None,
+) -> Tensor:
+    """Mean nats of choosing right: a candidate that is the next token, or nothing if none is.
+
+    Args:
+        log_share: ``[B, T, K + 1]`` of `Selection`.
+        position: ``[B, K, T]``, the candidates.
+        input_ids: ``[B, T]``.
+        segment_starts: int32 ``[B, T]`` or None.
+
+    Returns:
+        A scalar in float32; 0 where no position has a candidate.
+    """
+    batch, count, length = position.shape
+    follows = torch.roll(input_ids, -1, 1)
+    known = torch.ones_like(input_ids, dtype=torch.bool)
+    known[:, -1] = False
+    if segment_starts is not None:
+        starts = segment_starts.to(input_ids.device)
+        known &= (starts == torch.roll(starts, -1, 1)) & (starts >= 0)
+    place = position.clamp(min=0).to(torch.int64).view(batch, -1)
+    token = input_ids.gather(1, place).view(batch, count, length)
+    right = ((token == follows[:, None]) & (position >= 0)).transpose(1, 2)
+    right = torch.cat([right, ~right.any(-1, keepdim=True)], -1)
+    low = torch.finfo(log_share.dtype).min
+    nats = -log_share.masked_fill(~right, low).logsumexp(-1)
+    asked = known & (position >= 0).any(1)
+    return torch.where(asked, nats, 0).sum() / asked.sum().clamp(min=1)
