@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.addresses.misread import misread
 from benchmarks.addresses.variants import VARIANTS, rosa_fields
 from rosakit.files import atomic_write
 from rosakit.tuning import RosaConfig, adapters_of, attach, record_matches
@@ -68,6 +69,10 @@ def train_variant(
     device = next(model.parameters()).device
     head = Head(model.get_output_embeddings().weight, None)
     attach(model, rosa)
+    reads = VARIANTS[name].reads
+    if reads != "match":
+        for adapter in adapters_of(model).values():
+            misread(adapter, reads)
     set_trainable(model)
     teacher = None
     if config.address_loss != "none":
@@ -81,6 +86,7 @@ def train_variant(
         "plan": plan._asdict(),
         "rosa": fields,
         "tune": dict(VARIANTS[name].tune),
+        "reads": reads,
         "parameters": sum(p.numel() for p in trained),
         "before": measure_health(model, heldout, plan),
     }

@@ -165,11 +165,45 @@ def test_learns_which_candidate_is_right():
     assert right() > before + 0.3
 
 
+def test_lens_adds_the_logits_of_the_candidates():
+    ids = text(batch=2)
+    table = torch.randn(4, 16)
+    context = context_of(ids, 3)
+    context.output_rows = table
+    adapter = adapter_of(select_lens=True)
+    lens = adapter.selection.lens
+    torch.nn.init.normal_(lens.gain)
+    for p in lens.shift.parameters():
+        torch.nn.init.normal_(p)
+    u = torch.randn(2, 60, 16)
+    share, found = adapter.selection_shares(u, context)
+    logits = (u * lens.gain + lens.shift(u)) @ table.T
+    place = found.position.clamp(min=0).long()
+    token = ids.gather(1, place.flatten(1)).view_as(place)
+    expected = logits.gather(2, token.transpose(1, 2)).transpose(1, 2)
+    rows = table[token]
+    torch.testing.assert_close(lens(u, rows), expected, atol=1e-4, rtol=1e-4)
+    # Between two candidates, ranks (one apart), lengths and distances (no score yet) aside.
+    both = found.position[:, 1] >= 0
+    got = (share[..., 0] - share[..., 1])[both] - 1.0
+    torch.testing.assert_close(got, (expected[:, 0] - expected[:, 1])[both], atol=1e-3, rtol=1e-3)
+
+
+def test_lens_without_a_whole_output_embedding_is_refused():
+    adapter = adapter_of(select_lens=True)
+    context = context_of(text(), 3)
+    for table in (None, torch.empty(0), torch.empty(4, 16, device="meta")):
+        context.output_rows = table
+        with pytest.raises(InvalidInputError, match="output embedding"):
+            adapter(torch.randn(2, 60, 16), context)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"address": "learned", "select": 4}, "select=4"),
         ({"address": "token", "select": 4, "length_tiers": (1, 2)}, "length_tiers"),
+        ({"address": "token", "select_lens": True}, "select_lens"),
         ({"address": "token", "select_tiers": (0.5,)}, "select_tiers"),
         ({"address": "token", "select": 4, "select_tiers": (1.0,)}, "select_tiers"),
     ],

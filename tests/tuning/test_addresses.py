@@ -47,6 +47,14 @@ KINDS = {
         "select": 6,
         "select_tiers": (0.0, 0.25, 0.5),
     },
+    "select_lens": {
+        "address": "token",
+        "address_candidates": 3,
+        "far_distance": 9,
+        "select": 6,
+        "select_tiers": (0.0, 0.25, 0.5),
+        "select_lens": True,
+    },
     "with_route": {"address": "token", "far_distance": 5, "token_route": True},
 }
 COMMON = {"own_value": True, "global_layers": (1,)}

@@ -15,7 +15,7 @@ from rosakit.layers.context import RosaContext
 from rosakit.layers.credit import credit_margin
 from rosakit.layers.hashing import code_channels, context_codes
 from rosakit.layers.projection import Projection, Projections
-from rosakit.layers.selection import Selection
+from rosakit.layers.selection import Selection, candidate_rows
 from rosakit.layers.state import AdapterState
 from rosakit.ops import ahead
 from rosakit.ops.ahead import Ahead
@@ -79,6 +79,9 @@ class RosaAdapter(nn.Module):
         select_tiers: shares of the chosen candidate that the routes ask for in turn; () for none.
         select_credit: the choice learns from what each candidate would do to the output as well,
             straight through the hard read; False leaves it to an address loss.
+        select_lens: the choice also sees the logit that the model itself would give each
+            candidate's token, as far as the layer's input knows it; it needs
+            `RosaContext.output_rows`.
         hash_orders: "hash" only: tokens a context, dealt to the routes in turn.
         hash_refine: "hash" only: add learned projections, which start at zero, to the codes.
         hash_scale: distance of a fixed code bit from the threshold that a refinement has to cross.
@@ -122,6 +125,7 @@ class RosaAdapter(nn.Module):
         select: int = 0,
         select_tiers: Sequence[float] = (),
         select_credit: bool = True,
+        select_lens: bool = False,
         hash_orders: Sequence[int] = (1, 2, 3, 4),
         hash_refine: bool = False,
         hash_scale: float = 1.0,
@@ -168,6 +172,7 @@ class RosaAdapter(nn.Module):
             length_tiers=length_tiers,
             select=select,
             select_tiers=select_tiers,
+            select_lens=select_lens,
             hash_orders=hash_orders,
             hash_refine=hash_refine,
             hash_scale=hash_scale,
@@ -216,7 +221,9 @@ class RosaAdapter(nn.Module):
         self.alpha = nn.Parameter(torch.empty(1, **options)) if inject == "pre_attn" else None
         self.select_credit = select_credit
         self.selection = (
-            Selection(hidden_size, select, candidates, tuple(select_tiers), **options)
+            Selection(
+                hidden_size, select, candidates, tuple(select_tiers), lens=select_lens, **options
+            )
             if select
             else None
         )
@@ -333,15 +340,7 @@ class RosaAdapter(nn.Module):
             return self._read_selected(u, v, context)
         if not self.learns_address:
             match = self._fixed_match(context)
-            y = retrieve(
-                v,
-                match.position.expand(-1, self.routes, -1),
-                self.e0,
-                self.e1,
-                bits=self.bits,
-                unmatched=self.unmatched,
-                e_null=self.e_null,
-            )
+            y = self.read_at(v, match.position.expand(-1, self.routes, -1), self.e0, self.e1)
             return y, match
         q, k = self.addresses(u, context) if begun is None else (begun.q, begun.k)
         return rosa(
@@ -371,20 +370,15 @@ class RosaAdapter(nn.Module):
         found = self._candidates(context)
         keys = self.selection.gather(self.selection.keys(u), found.position)
         own = torch.arange(u.shape[1], device=u.device)
-        return self.selection(u, keys, found, own - found.position), found
+        rows = self._candidate_rows(context, found)
+        return self.selection(u, keys, found, own - found.position, rows), found
 
     def _read_selected(self, u: Tensor, v: Tensor, context: RosaContext) -> tuple[Tensor, Match]:
         assert self.selection is not None
         log_share, found = self.selection_shares(u, context)
         match = self.selection.choose(log_share, found, self.routes)
 
-        def read(values: Tensor, position: Tensor, e0: Tensor, e1: Tensor) -> Tensor:
-            fill = None if self.e_null is None else self.e_null.to(e0)
-            return retrieve(
-                values, position, e0, e1, bits=self.bits, unmatched=self.unmatched, e_null=fill
-            )
-
-        y = read(v, match.position, self.e0, self.e1)
+        y = self.read_at(v, match.position, self.e0, self.e1)
         if self.select_credit and log_share.requires_grad:
             # Straight through: the hard read forward, the expectation over the shares backward.
             share = log_share.exp()
@@ -392,9 +386,14 @@ class RosaAdapter(nn.Module):
             fixed = v.detach(), self.e0.detach(), self.e1.detach()
             for rank in range(self.selection.candidates):
                 position = found.position[:, rank : rank + 1].expand(-1, self.routes, -1)
-                value = read(fixed[0], position, *fixed[1:]).detach()
+                value = self.read_at(fixed[0], position, *fixed[1:]).detach()
                 y = y + share[..., rank, None] * value
         return y, match
+
+    def read_at(self, v: Tensor, position: Tensor, e0: Tensor, e1: Tensor) -> Tensor:
+        """Values ``[B, T, C]`` at exact matches ``[B, R, T]`` of a whole sequence."""
+        fill = None if self.e_null is None else self.e_null.to(e0)
+        return retrieve(v, position, e0, e1, bits=self.bits, unmatched=self.unmatched, e_null=fill)
 
     def addresses(self, u: Tensor, context: RosaContext) -> tuple[Tensor, Tensor]:
         """Real-valued queries and keys ``[B, T, C]`` of learned or refined addresses."""
@@ -486,6 +485,17 @@ class RosaAdapter(nn.Module):
             found.position.masked_fill(short, NO_MATCH), found.length.masked_fill(short, 0)
         )
 
+    def _candidate_rows(self, context: RosaContext, found: Match) -> Tensor | None:
+        """Rows of the output embedding for a lens, float32 ``[B, K, T, H]``; found once a pass."""
+        assert self.selection is not None
+        if self.selection.lens is None:
+            return None
+        name = ("rows", self.candidates, self.min_length)
+        if name not in context.shared:
+            context.shared[name] = candidate_rows(context, found.position)
+        rows: Tensor = context.shared[name]
+        return rows
+
     def _tiered(self, match: Match) -> Match:
         """Leave out matches that are too short for their route."""
         least: int | Tensor = self.min_length
@@ -513,7 +523,8 @@ class RosaAdapter(nn.Module):
                 self.selection.keys(u), found.position, context.mask
             )
             here = Match(found.position.to(u.device), found.length.to(u.device))
-            log_share = self.selection(u, keys, here, distance)
+            rows = self._candidate_rows(context, found)
+            log_share = self.selection(u, keys, here, distance, rows)
             chosen = self.selection.choose(log_share, here, self.routes)
             match = Match(chosen.position.cpu(), chosen.length.cpu())
         else:

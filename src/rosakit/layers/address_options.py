@@ -19,6 +19,7 @@ def check_address_options(
     length_tiers: Sequence[int],
     select: int,
     select_tiers: Sequence[float],
+    select_lens: bool,
     hash_orders: Sequence[int],
     hash_refine: bool,
     hash_scale: float,
@@ -29,8 +30,8 @@ def check_address_options(
     Args:
         address: "learned", "token" or "hash".
         learned: whether the addresses have trained projections.
-        shared_qk, candidates, length_tiers, select, select_tiers, hash_orders, hash_refine,
-            hash_scale, credit_margin: as in `rosakit.layers.RosaAdapter`.
+        shared_qk, candidates, length_tiers, select, select_tiers, select_lens, hash_orders,
+            hash_refine, hash_scale, credit_margin: as in `rosakit.layers.RosaAdapter`.
 
     Raises:
         InvalidInputError: says which option does not fit and what to use instead.
@@ -54,6 +55,10 @@ def check_address_options(
         raise InvalidInputError(
             f"select_tiers={tuple(select_tiers)} are shares from 0 to below 1 that a learned "
             "choice has to reach; set select, or leave them empty"
+        )
+    if select_lens and not select:
+        raise InvalidInputError(
+            "select_lens is a feature of a learned choice; set select, or leave it out"
         )
     if not hash_orders or not all(1 <= n <= MAX_ORDER for n in hash_orders):
         raise InvalidInputError(

@@ -4,26 +4,34 @@ Exact token matches offer a few candidates: the best distinct successors and the
 distance. What is learned is the address itself: projections of the query's hidden state and of the
 candidates' hidden states score every candidate against the others and against reading nothing,
 
-    s(i, p) = (a_i . b_p + c_i . d_(p-1)) / sqrt(W) + length + rank + distance
+    s(i, p) = (a_i . b_p + c_i . d_(p-1)) / sqrt(W) + length + rank + distance + z_i . E[x_p]
     share   = softmax over {s(i, p_1), ..., s(i, p_K), null_i}
 
 with ``p`` the position that would be read: ``b_p`` knows what followed the matched context and
-``d_(p-1)`` how that context ended. The candidate with the largest share is read, hard. A route
-reads it only where the share reaches the route's own tier, so the output projection sees how far a
-read can be trusted, as length tiers show it for fixed matches.
+``d_(p-1)`` how that context ended. With a lens, ``z_i`` is a learned map of the hidden state and
+``E[x_p]`` the row of the output embedding for the token that would be read: the logit that the
+model itself gives this token, as far as this layer knows it. The candidate with the largest share
+is read, hard. A route reads it only where the share reaches the route's own tier, so the output
+projection sees how far a read can be trusted, as length tiers show it for fixed matches.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rosakit.errors import InvalidInputError
 from rosakit.layers.projection import Projection
 from rosakit.layers.token_route import length_bucket
 from rosakit.types import NO_MATCH, Match
 
-__all__ = ["Selection", "selection_loss"]
+if TYPE_CHECKING:
+    from rosakit.layers.context import RosaContext
+
+__all__ = ["Lens", "Selection", "candidate_rows", "selection_loss"]
 
 _LENGTHS = 24
 _DISTANCES = 24
@@ -41,6 +49,7 @@ class Selection(nn.Module):
         width: W, of each of the two products.
         candidates: K.
         tiers: shares that the routes ask for in turn; () for reading everywhere.
+        lens: score candidates by the model's own logits of their tokens as well.
         device: where the parameters live.
         dtype: their type.
 
@@ -55,6 +64,7 @@ class Selection(nn.Module):
         candidates: int,
         tiers: tuple[float, ...] = (),
         *,
+        lens: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -68,6 +78,8 @@ class Selection(nn.Module):
         self.query = Projection(hidden_size, 2 * width, device=device, dtype=dtype)
         self.key = Projection(hidden_size, 2 * width, device=device, dtype=dtype)
         self.null = Projection(hidden_size, 1, device=device, dtype=dtype)
+
+        self.lens = Lens(hidden_size, width, device=device, dtype=dtype) if lens else None
 
         def table(size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
@@ -84,6 +96,8 @@ class Selection(nn.Module):
         self.key.reset()
         for score in (self.length_score, self.distance_score, self.null_score):
             score.zero_()
+        if self.lens is not None:
+            self.lens.reset_parameters()
         rank = torch.arange(self.candidates, dtype=torch.float32)
         self.rank_score.copy_(1.0 - rank)
 
@@ -109,7 +123,9 @@ class Selection(nn.Module):
         ]
         return torch.cat(halves, -1).view(batch, count, length, -1)
 
-    def forward(self, u: Tensor, keys: Tensor, found: Match, distance: Tensor) -> Tensor:
+    def forward(
+        self, u: Tensor, keys: Tensor, found: Match, distance: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
         """Log shares ``[B, T, K + 1]`` in float32, the last of reading nothing; -inf where none.
 
         Args:
@@ -117,16 +133,21 @@ class Selection(nn.Module):
             keys: ``[B, K, T, 2 W]``, of the candidates.
             found: their positions and lengths ``[B, K, T]``.
             distance: ``[B, K, T]``, tokens back to the position read.
+            rows: float32 ``[B, K, T, H]``, the candidates' rows of the output embedding, for a
+                lens.
         """
         query = self.query(u).float()[:, None]
         score = (query * keys).sum(-1) / self.width**0.5
         octave = torch.log2(distance.clamp(min=1).float()).floor().clamp(max=_DISTANCES - 1)
         score = (
             score
-            + self.length_score.float()[length_bucket(found.length)]
-            + self.distance_score.float()[octave.to(torch.int64)]
+            + _looked_up(self.length_score, length_bucket(found.length))
+            + _looked_up(self.distance_score, octave.to(torch.int64))
             + self.rank_score.float()[:, None]
         )
+        if self.lens is not None:
+            assert rows is not None
+            score = score + self.lens(u, rows)
         score = score.masked_fill(found.position < 0, -torch.inf)
         null = self.null(u).float() + self.null_score.float()
         return torch.cat([score.transpose(1, 2), null], -1).log_softmax(-1)
@@ -136,13 +157,80 @@ class Selection(nn.Module):
         best, rank = log_share[..., :-1].detach().max(-1)  # [B, T]
         position = found.position.gather(1, rank[:, None])
         length = found.length.gather(1, rank[:, None])
-        tiers = torch.tensor(self.tiers or (0.0,), device=best.device)
-        least = tiers[torch.arange(routes, device=best.device) % len(tiers)][None, :, None]
-        refused = (best.exp()[:, None] < least) | (position < 0)
+        # Compared with Python numbers: a tensor of tiers would be a copy to the GPU, which waits.
+        weak = torch.stack([best.exp() < tier for tier in self.tiers or (0.0,)], 1)
+        weak = weak.repeat(1, -(-routes // weak.shape[1]), 1)[:, :routes]
+        refused = weak | (position < 0)
         return Match(
             torch.where(refused, NO_MATCH, position).to(torch.int32),
             torch.where(refused, 0, length).to(torch.int32),
         )
+
+
+class Lens(nn.Module):
+    """Logits of chosen tokens from a lower layer's hidden state: ``(g * u + W u) . E[x]``.
+
+    It starts as the plain lens, ``g = 1`` and ``W = 0``; `rank` is that of ``W``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        rank: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.shift = Projection(hidden_size, hidden_size, rank, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The plain lens."""
+        self.gain.fill_(1.0)
+        self.shift.reset(zero=True)
+
+    def forward(self, u: Tensor, rows: Tensor) -> Tensor:
+        """Float32 ``[B, K, T]`` from ``u [B, T, H]`` and ``rows [B, K, T, H]``."""
+        state = (u * self.gain + self.shift(u)).float()
+        return (state[:, None] * rows).sum(-1)
+
+
+def candidate_rows(context: RosaContext, position: Tensor) -> Tensor:
+    """The output embedding's rows for the tokens at ``position [B, K, T]``: ``[B, K, T, H]``.
+
+    Args:
+        context: of the pass; `output_rows` are the embedding, and the tokens are those of the
+            chunk, or of the token stream when streaming.
+        position: negative where there is no candidate; any row stands there.
+
+    Raises:
+        InvalidInputError: this process does not hold the whole output embedding.
+    """
+    table, place = context.output_rows, position.clamp(min=0).to(torch.int64)
+    if table is None or table.is_meta or type(table) is not Tensor or table.dim() != 2:
+        raise InvalidInputError(
+            "select_lens reads rows of the output embedding, but this pass has no whole one; use a "
+            "model with an output embedding that is not sharded, or select_lens=False"
+        )
+    if context.states is not None:
+        assert context.states.token is not None
+        token = context.states.token.at(place)
+    else:
+        assert context.input_ids is not None
+        ids = context.input_ids.to(torch.int64)
+        token = ids.gather(1, place.flatten(1)).view_as(place)
+    rows = F.embedding(token.to(table.device), table).float()
+    assert context.input_ids is not None
+    return rows.to(context.input_ids.device)
+
+
+def _looked_up(table: Tensor, index: Tensor) -> Tensor:
+    """``table[index]`` as a product: indexing has a slow backward pass for so few entries."""
+    one_hot = index[..., None] == torch.arange(len(table), device=index.device)
+    return one_hot.float() @ table.float()
 
 
 def selection_loss(

@@ -292,6 +292,13 @@ class TokenState:
         best = Match(*(torch.from_numpy(x.transpose(0, 2, 1).copy()) for x in (position, length)))
         return best, TokenCandidates(moved[0].to(torch.int64), moved[1], moved[2])
 
+    @outside_graphs
+    def at(self, position: Tensor) -> Tensor:
+        """Token ids int64 at ``position [B, K, n]`` (nonnegative), both in host memory."""
+        place = position.cpu().numpy()
+        found = self.tokens.read(place.reshape(len(place), 1, -1)).reshape(place.shape)
+        return torch.from_numpy(found.astype(np.int64))
+
     def select(self, rows: Tensor) -> None:
         self.memory = self.memory.index_select(rows.cpu())
         self.tokens.select(rows)

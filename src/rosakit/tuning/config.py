@@ -133,6 +133,11 @@ class RosaConfig:
         "Learned choice: it learns from the language-model loss as well, straight through the hard "
         "read; false leaves it to the address loss.",
     )
+    select_lens: bool = option(
+        False,
+        "Learned choice: score candidates by the model's own logits of their tokens as well, as "
+        "far as the layer's input knows them.",
+    )
     hash_orders: tuple[int, ...] = option(
         (1, 2, 3, 4), "Address hash: tokens a context, dealt to the routes in turn."
     )
@@ -189,6 +194,7 @@ class RosaConfig:
             length_tiers=self.length_tiers,
             select=self.select,
             select_tiers=self.select_tiers,
+            select_lens=self.select_lens,
             hash_orders=self.hash_orders,
             hash_refine=self.hash_refine,
             hash_scale=self.hash_scale,

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from rosakit.errors import InvalidInputError
+from rosakit.layers.state import AdapterState
 from rosakit.tuning.cache import RosaCacheLayer
 from rosakit.tuning.config import RosaConfig
 from rosakit.tuning.modules import select_layers
@@ -30,7 +31,7 @@ class CacheMemory:
         window: keys and values of windowed layers (on the model's device).
         full: keys and values of the other layers (on the model's device).
         suffix: suffix memories of the adapters and of the token route (host memory).
-        history: value bits and token ids (host memory).
+        history: value bits, token ids and selection keys (host memory).
         plain: keys and values of the same context in an ordinary cache, for comparison.
     """
 
@@ -106,9 +107,14 @@ def cache_memory(cache: Any) -> CacheMemory:
     for state in states.adapters.values():
         suffix += 0 if state.memory is None else state.memory.nbytes
         history += state.values.nbytes
+        if isinstance(state, AdapterState) and state.keys is not None:
+            history += state.keys.nbytes
     if states.token is not None:
         suffix += states.token.memory.nbytes
         history += states.token.tokens.nbytes
+    if states.far is not None:
+        suffix += states.far.memory.nbytes
+        history += states.far.tokens.nbytes
     return CacheMemory(rows * carrier.index.length, window, full, suffix, history, plain)
 
 
@@ -150,14 +156,18 @@ def plan_memory(
         adapters = len(select_layers("layers", config.layers, layers))
         routes = config.routes or text.hidden_size // config.bits
     learned = adapters * routes if config.address == "learned" else 0
-    tokens = int(config.token_route or (adapters > 0 and config.address == "token"))
+    reads_tokens = adapters > 0 and config.address == "token"
+    tokens = int(config.token_route or reads_tokens)
+    tokens += int(reads_tokens and config.far_distance is not None)
+    # Selection keys are float32, two products wide.
+    keys = adapters * 2 * config.select * 4
     symbols = context * batch
     return CacheMemory(
         symbols,
         window=windowed * token * held,
         full=(layers - windowed) * token * context,
         suffix=(learned + tokens) * BYTES_A_SYMBOL * symbols,
-        history=(adapters * routes * (1 if config.bits <= 8 else 2) + 4 * tokens) * symbols,
+        history=(adapters * routes * (1 if config.bits <= 8 else 2) + 4 * tokens + keys) * symbols,
         plain=layers * token * context,
     )
 
