@@ -86,6 +86,20 @@ def test_tiers_refuse_small_shares():
     assert torch.equal(match.position >= 0, match.length > 0)
 
 
+def test_candidates_of_one_token_are_trusted_together():
+    position = torch.tensor([[[5], [3], [-1], [1]]], dtype=torch.int32)
+    found = Match(position, torch.tensor([[[2], [2], [0], [1]]], dtype=torch.int32))
+    share = torch.tensor([[[0.4, 0.3, 0.0, 0.2, 0.1]]]).log()
+    chosen = Selection(8, 2, 4, (0.0, 0.39, 0.45, 0.6))
+    apart = chosen.choose(share, found, 4)
+    assert apart.position[0, :, 0].tolist() == [5, 5, -1, -1]
+    together = chosen.choose(share, found, 4, torch.tensor([[[7], [8], [8], [8]]]))
+    assert together.position[0, :, 0].tolist() == [3, 3, 3, -1]
+    none = Match(torch.full_like(position, -1), torch.zeros_like(position))
+    nothing = torch.tensor([[[-torch.inf] * 4 + [0.0]]])
+    assert (chosen.choose(nothing, none, 4, torch.zeros(1, 4, 1)).position < 0).all()
+
+
 def test_both_teachers_reach_the_selection_and_nothing_else():
     ids = text()
     u = torch.randn(2, 60, 16)
@@ -177,7 +191,7 @@ def test_lens_adds_the_logits_of_the_candidates():
         torch.nn.init.normal_(p)
     u = torch.randn(2, 60, 16)
     share, found = adapter.selection_shares(u, context)
-    logits = (u * lens.gain + lens.shift(u)) @ table.T
+    logits = (u + u * lens.gain + lens.shift(u)) @ table.T
     place = found.position.clamp(min=0).long()
     token = ids.gather(1, place.flatten(1)).view_as(place)
     expected = logits.gather(2, token.transpose(1, 2)).transpose(1, 2)

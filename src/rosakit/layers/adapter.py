@@ -15,7 +15,7 @@ from rosakit.layers.context import RosaContext
 from rosakit.layers.credit import credit_margin
 from rosakit.layers.hashing import code_channels, context_codes
 from rosakit.layers.projection import Projection, Projections
-from rosakit.layers.selection import Selection, candidate_rows
+from rosakit.layers.selection import Selection, candidate_rows, candidate_tokens
 from rosakit.layers.state import AdapterState
 from rosakit.ops import ahead
 from rosakit.ops.ahead import Ahead
@@ -376,7 +376,8 @@ class RosaAdapter(nn.Module):
     def _read_selected(self, u: Tensor, v: Tensor, context: RosaContext) -> tuple[Tensor, Match]:
         assert self.selection is not None
         log_share, found = self.selection_shares(u, context)
-        match = self.selection.choose(log_share, found, self.routes)
+        token = self._tokens_of(context, found)
+        match = self.selection.choose(log_share, found, self.routes, token)
 
         y = self.read_at(v, match.position, self.e0, self.e1)
         if self.select_credit and log_share.requires_grad:
@@ -485,6 +486,14 @@ class RosaAdapter(nn.Module):
             found.position.masked_fill(short, NO_MATCH), found.length.masked_fill(short, 0)
         )
 
+    def _tokens_of(self, context: RosaContext, found: Match) -> Tensor:
+        """Tokens of the candidates, int64 ``[B, K, T]``; found once a pass."""
+        name = ("tokens", self.candidates, self.min_length)
+        if name not in context.shared:
+            context.shared[name] = candidate_tokens(context, found.position)
+        tokens: Tensor = context.shared[name]
+        return tokens
+
     def _candidate_rows(self, context: RosaContext, found: Match) -> Tensor | None:
         """Rows of the output embedding for a lens, float32 ``[B, K, T, H]``; found once a pass."""
         assert self.selection is not None
@@ -492,7 +501,7 @@ class RosaAdapter(nn.Module):
             return None
         name = ("rows", self.candidates, self.min_length)
         if name not in context.shared:
-            context.shared[name] = candidate_rows(context, found.position)
+            context.shared[name] = candidate_rows(context, self._tokens_of(context, found))
         rows: Tensor = context.shared[name]
         return rows
 
@@ -525,7 +534,8 @@ class RosaAdapter(nn.Module):
             here = Match(found.position.to(u.device), found.length.to(u.device))
             rows = self._candidate_rows(context, found)
             log_share = self.selection(u, keys, here, distance, rows)
-            chosen = self.selection.choose(log_share, here, self.routes)
+            token = self._tokens_of(context, found)
+            chosen = self.selection.choose(log_share, here, self.routes, token)
             match = Match(chosen.position.cpu(), chosen.length.cpu())
         else:
             match = self._fixed_match(context)

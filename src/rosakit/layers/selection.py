@@ -31,7 +31,7 @@ from rosakit.types import NO_MATCH, Match
 if TYPE_CHECKING:
     from rosakit.layers.context import RosaContext
 
-__all__ = ["Lens", "Selection", "candidate_rows", "selection_loss"]
+__all__ = ["Lens", "Selection", "candidate_rows", "candidate_tokens", "selection_loss"]
 
 _LENGTHS = 24
 _DISTANCES = 24
@@ -152,13 +152,33 @@ class Selection(nn.Module):
         null = self.null(u).float() + self.null_score.float()
         return torch.cat([score.transpose(1, 2), null], -1).log_softmax(-1)
 
-    def choose(self, log_share: Tensor, found: Match, routes: int) -> Match:
-        """What each route reads: position and length int32 ``[B, R, T]``."""
-        best, rank = log_share[..., :-1].detach().max(-1)  # [B, T]
+    def choose(
+        self, log_share: Tensor, found: Match, routes: int, token: Tensor | None = None
+    ) -> Match:
+        """What each route reads: position and length int32 ``[B, R, T]``.
+
+        Candidates of one token say the same of what follows, so tiers ask for the sum of their
+        shares, and of the token with the largest sum the candidate with the largest share is read.
+
+        Args:
+            log_share: ``[B, T, K + 1]``.
+            found: the candidates ``[B, K, T]``.
+            routes: R.
+            token: int64 ``[B, K, T]``, the tokens of the candidates; None if all differ.
+        """
+        share = log_share[..., :-1].detach().exp()
+        trust = share
+        if token is not None:
+            alike = token.transpose(1, 2)
+            same = alike[..., :, None] == alike[..., None, :]
+            trust = (share[..., None, :] * same).sum(-1)
+        trust = trust.masked_fill(found.position.transpose(1, 2) < 0, -1.0)
+        best = trust.amax(-1)  # [B, T]
+        rank = share.masked_fill(trust < best[..., None], -1.0).argmax(-1)
         position = found.position.gather(1, rank[:, None])
         length = found.length.gather(1, rank[:, None])
         # Compared with Python numbers: a tensor of tiers would be a copy to the GPU, which waits.
-        weak = torch.stack([best.exp() < tier for tier in self.tiers or (0.0,)], 1)
+        weak = torch.stack([best < tier for tier in self.tiers or (0.0,)], 1)
         weak = weak.repeat(1, -(-routes // weak.shape[1]), 1)[:, :routes]
         refused = weak | (position < 0)
         return Match(
@@ -168,9 +188,10 @@ class Selection(nn.Module):
 
 
 class Lens(nn.Module):
-    """Logits of chosen tokens from a lower layer's hidden state: ``(g * u + W u) . E[x]``.
+    """Logits of chosen tokens from a lower layer's hidden state: ``(u + g * u + W u) . E[x]``.
 
-    It starts as the plain lens, ``g = 1`` and ``W = 0``; `rank` is that of ``W``.
+    It starts as the plain lens, ``g = 0`` and ``W = 0``; `rank` is that of ``W``. The gain is kept
+    as a difference from 1, since bfloat16 has no small steps there.
     """
 
     def __init__(
@@ -189,42 +210,46 @@ class Lens(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The plain lens."""
-        self.gain.fill_(1.0)
+        self.gain.zero_()
         self.shift.reset(zero=True)
 
     def forward(self, u: Tensor, rows: Tensor) -> Tensor:
         """Float32 ``[B, K, T]`` from ``u [B, T, H]`` and ``rows [B, K, T, H]``."""
-        state = (u * self.gain + self.shift(u)).float()
-        return (state[:, None] * rows).sum(-1)
+        state = u.float() + (u * self.gain + self.shift(u)).float()
+        logits: Tensor = (state[:, None] * rows).sum(-1)
+        return logits
 
 
-def candidate_rows(context: RosaContext, position: Tensor) -> Tensor:
-    """The output embedding's rows for the tokens at ``position [B, K, T]``: ``[B, K, T, H]``.
+def candidate_tokens(context: RosaContext, position: Tensor) -> Tensor:
+    """Tokens int64 at ``position [B, K, T]`` of the pass, on the device of its ids.
 
     Args:
-        context: of the pass; `output_rows` are the embedding, and the tokens are those of the
-            chunk, or of the token stream when streaming.
-        position: negative where there is no candidate; any row stands there.
+        context: of the pass; its tokens are those of `input_ids`, or of the token stream when
+            streaming.
+        position: negative where there is no candidate; any token stands there.
+    """
+    assert context.input_ids is not None
+    place = position.clamp(min=0).to(torch.int64)
+    if context.states is not None:
+        assert context.states.token is not None
+        return context.states.token.at(place).to(context.input_ids.device)
+    ids = context.input_ids.to(torch.int64)
+    return ids.gather(1, place.flatten(1)).view_as(place)
+
+
+def candidate_rows(context: RosaContext, token: Tensor) -> Tensor:
+    """The output embedding's rows of ``token [B, K, T]``: float32 ``[B, K, T, H]``.
 
     Raises:
         InvalidInputError: this process does not hold the whole output embedding.
     """
-    table, place = context.output_rows, position.clamp(min=0).to(torch.int64)
+    table = context.output_rows
     if table is None or table.is_meta or type(table) is not Tensor or table.dim() != 2:
         raise InvalidInputError(
             "select_lens reads rows of the output embedding, but this pass has no whole one; use a "
             "model with an output embedding that is not sharded, or select_lens=False"
         )
-    if context.states is not None:
-        assert context.states.token is not None
-        token = context.states.token.at(place)
-    else:
-        assert context.input_ids is not None
-        ids = context.input_ids.to(torch.int64)
-        token = ids.gather(1, place.flatten(1)).view_as(place)
-    rows = F.embedding(token.to(table.device), table).float()
-    assert context.input_ids is not None
-    return rows.to(context.input_ids.device)
+    return F.embedding(token.to(table.device), table).float().to(token.device)
 
 
 def _looked_up(table: Tensor, index: Tensor) -> Tensor:
