@@ -154,7 +154,7 @@ VARIANTS: dict[str, Variant] = {
     "select-first": Variant(
         "… taught for 60 steps before anything else trains", SELECT, CHOSEN, teach_first=60
     ),
-    "select-frozen": Variant("… not trained", SELECT, FROZEN),
+    "select-frozen": Variant("… not trained: the plain lens", SELECT, FROZEN),
     "select-untaught": Variant("… trained by the language-model loss alone", SELECT, UNTAUGHT),
     "select-taught-only": Variant(
         "… trained by next tokens alone", SELECT | {"select_credit": False}, CHOSEN

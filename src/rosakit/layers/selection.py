@@ -41,7 +41,8 @@ _DISTANCES = 24
 class Selection(nn.Module):
     """Scores exact candidates against each other and against reading nothing.
 
-    At the start no hidden state counts and the better rank wins: the fixed match. Query maps are
+    At the start no hidden state counts, but for a lens, and the better rank wins: the fixed match.
+    A lens starts as the plain one, which at upper layers chooses better than rank. Query maps are
     zero then and have a gradient at the first step, key maps from the second on.
 
     Args:
@@ -90,7 +91,7 @@ class Selection(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Back to the start: the first candidate, whatever the hidden states."""
+        """Back to the start: the first candidate, or what a plain lens says with the ranks."""
         self.query.reset(zero=True)
         self.null.reset(zero=True)
         self.key.reset()
