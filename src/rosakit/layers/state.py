@@ -67,6 +67,11 @@ class AdapterState:
             else None
         )
         self.values = History(batch, adapter.routes, np.uint8 if adapter.bits <= 8 else np.uint16)
+        self.keys = (
+            None
+            if adapter.selection is None
+            else History(batch, 2 * adapter.selection.width, np.int32)
+        )
         self._cached: tuple[tuple[Any, ...], list[Array]] | None = None
 
     @classmethod
@@ -83,7 +88,8 @@ class AdapterState:
     @property
     def nbytes(self) -> int:
         """Bytes held: automata and value bits."""
-        return self.values.nbytes + (0 if self.memory is None else self.memory.nbytes)
+        parts = (self.values, self.memory, self.keys)
+        return sum(int(part.nbytes) for part in parts if part is not None)
 
     @outside_graphs
     def extend(
@@ -128,6 +134,36 @@ class AdapterState:
             position, null = np.where(null, own[:, None], position), np.zeros_like(null)
         read = self.values.read(np.where(position < 0, 0, position))
         return self._values(read, null, v, e0, e1, e_null), match
+
+    @outside_graphs
+    def candidate_keys(
+        self, keys: Tensor, position: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Remember a chunk's selection keys; those of its candidates.
+
+        Args:
+            keys: float32 ``[B, n, 2 W]``, without gradient.
+            position: ``[B, K, n]`` in host memory, negative where there is no candidate.
+            mask: bool ``[B, n]``, real positions; None if all are.
+
+        Returns:
+            ``[B, K, n, 2 W]`` as `rosakit.layers.selection.Selection.gather` has them, and the
+            distances ``[B, K, n]``.
+        """
+        assert self.keys is not None
+        batch, count, n = position.shape
+        raw = keys.detach().cpu().contiguous().view(torch.int32).numpy().transpose(0, 2, 1)
+        own = self.keys.append(raw, None if mask is None else mask.to("cpu", torch.bool).numpy())
+        place = position.numpy().astype(np.int64)
+        read = np.maximum(place, 0).reshape(batch, 1, -1)
+        half = keys.shape[-1] // 2
+        both = np.concatenate(
+            [np.repeat(read, half, 1), np.repeat(np.maximum(read - 1, 0), half, 1)], 1
+        )
+        picked = torch.from_numpy(self.keys.read(both)).view(torch.float32)
+        picked = picked.view(batch, -1, count, n).permute(0, 2, 3, 1).contiguous()
+        distance = torch.from_numpy(own[:, None] - place)
+        return picked.to(keys.device), distance.to(keys.device)
 
     def _symbols(self, channels: list[Tensor], joined: Tensor | None) -> list[Array]:
         """Symbols ``[B, R, n]`` of each, in host memory."""
@@ -204,11 +240,15 @@ class AdapterState:
         if self.memory is not None:
             self.memory = self.memory.index_select(rows.cpu())
         self.values.select(rows)
+        if self.keys is not None:
+            self.keys.select(rows)
 
     def truncate(self, lengths: Tensor) -> None:
         if self.memory is not None:
             self.memory.truncate(lengths.cpu())
         self.values.truncate(lengths)
+        if self.keys is not None:
+            self.keys.truncate(lengths)
 
 
 class TokenState:
@@ -251,6 +291,13 @@ class TokenState:
         moved = torch.from_numpy(facts).to(input_ids.device)
         best = Match(*(torch.from_numpy(x.transpose(0, 2, 1).copy()) for x in (position, length)))
         return best, TokenCandidates(moved[0].to(torch.int64), moved[1], moved[2])
+
+    @outside_graphs
+    def at(self, position: Tensor) -> Tensor:
+        """Token ids int64 at ``position [B, K, n]`` (nonnegative), both in host memory."""
+        place = position.cpu().numpy()
+        found = self.tokens.read(place.reshape(len(place), 1, -1)).reshape(place.shape)
+        return torch.from_numpy(found.astype(np.int64))
 
     def select(self, rows: Tensor) -> None:
         self.memory = self.memory.index_select(rows.cpu())

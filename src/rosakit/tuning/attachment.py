@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rosakit import symbols
-from rosakit.errors import InvalidInputError
+from rosakit.errors import InvalidInputError, UnsupportedModelError
 from rosakit.layers import RosaAdapter, TokenRoute
 from rosakit.layers.projection import Projections
 from rosakit.tuning import attention
@@ -88,6 +88,7 @@ def build(model: Any, config: RosaConfig) -> RosaController:
         top=model,
         injected=_adapters(model, config, sites, shared, projections) if config.adapters else {},
         projections=projections,
+        head=_lens_head(model, config),
     )
     return controller.train(model.training)
 
@@ -180,6 +181,10 @@ def _adapters(
             shared_qk=config.shared_qk,
             candidates=config.address_candidates + (config.far_distance is not None),
             length_tiers=config.length_tiers,
+            select=config.select,
+            select_tiers=config.select_tiers,
+            select_credit=config.select_credit,
+            select_lens=config.select_lens,
             hash_orders=config.hash_orders,
             hash_refine=config.hash_refine,
             hash_scale=config.hash_scale,
@@ -219,6 +224,20 @@ def _shared_projections(
         silent_addresses=config.address == "hash",
         **_placement(config, sites[0]),
     )
+
+
+def _lens_head(model: Any, config: RosaConfig) -> Any:
+    """The output embedding that lenses read, None without a lens."""
+    if not (config.adapters and config.select_lens):
+        return None
+    head, hidden = model.get_output_embeddings(), _hidden_size(model, config)
+    shape = tuple(getattr(getattr(head, "weight", None), "shape", ()))
+    if len(shape) != 2 or shape[1] != hidden:
+        raise UnsupportedModelError(
+            f"select_lens needs an output embedding of width {hidden}; {type(model).__name__} has "
+            f"{'one of shape ' + str(list(shape)) if shape else 'none'}; use select_lens=False"
+        )
+    return head
 
 
 def _hidden_size(model: Any, config: RosaConfig) -> int:

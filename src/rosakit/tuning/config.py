@@ -123,6 +123,27 @@ class RosaConfig:
         "Address token and fixed hash: minimal match lengths that the routes take in turn; empty "
         "for min_length in all of them.",
     )
+    select: int = option(
+        0,
+        "Address token: width of learned products of hidden states that choose which candidate all "
+        "routes read; 0 deals candidates to the routes by rank.",
+        low=0,
+    )
+    select_tiers: tuple[float, ...] = option(
+        (),
+        "Learned choice: shares of the chosen candidate below which routes read nothing, taken in "
+        "turn; empty for reading everywhere.",
+    )
+    select_credit: bool = option(
+        True,
+        "Learned choice: it learns from the language-model loss as well, straight through the hard "
+        "read; false leaves it to the address loss.",
+    )
+    select_lens: bool = option(
+        False,
+        "Learned choice: score candidates by the model's own logits of their tokens as well, as "
+        "far as the layer's input knows them.",
+    )
     hash_orders: tuple[int, ...] = option(
         (1, 2, 3, 4), "Address hash: tokens a context, dealt to the routes in turn."
     )
@@ -187,6 +208,9 @@ class RosaConfig:
             shared_qk=self.shared_qk,
             candidates=self.address_candidates,
             length_tiers=self.length_tiers,
+            select=self.select,
+            select_tiers=self.select_tiers,
+            select_lens=self.select_lens,
             hash_orders=self.hash_orders,
             hash_refine=self.hash_refine,
             hash_scale=self.hash_scale,

@@ -14,6 +14,7 @@ from rosakit.cuda.stream import bytes_a_symbol
 from rosakit.errors import InvalidInputError
 from rosakit.layers.device_state import DeviceState, auto_positions
 from rosakit.layers.projection import copied_numbers
+from rosakit.layers.state import AdapterState
 from rosakit.tuning.cache import RosaCacheLayer
 from rosakit.tuning.config import RosaConfig
 from rosakit.tuning.modules import key_value_bytes, select_layers
@@ -35,7 +36,7 @@ class CacheMemory:
         full: keys and values of the other layers (on the model's device).
         states: adapters' streaming states that lie on the model's device.
         suffix: suffix memories of the adapters and of the token route (host memory).
-        history: value bits and token ids (host memory).
+        history: value bits, token ids and selection keys (host memory).
         plain: keys and values of the same context in an ordinary cache, for comparison.
         copies: adapters' weights side by side, as decoding reads them (on the model's device).
     """
@@ -118,9 +119,14 @@ def cache_memory(cache: Any) -> CacheMemory:
             continue
         suffix += 0 if state.memory is None else state.memory.nbytes
         history += state.values.nbytes
+        if isinstance(state, AdapterState) and state.keys is not None:
+            history += state.keys.nbytes
     if states.token is not None:
         suffix += states.token.memory.nbytes
         history += states.token.tokens.nbytes
+    if states.far is not None:
+        suffix += states.far.memory.nbytes
+        history += states.far.tokens.nbytes
     seen = rows * carrier.index.length
     return CacheMemory(seen, window, full, on_device, suffix, history, plain, states.copies.nbytes)
 
@@ -163,7 +169,9 @@ def plan_memory(
         adapters = len(select_layers("layers", config.layers, layers))
         routes = config.routes or text.hidden_size // config.bits
     learned = adapters * routes if config.address == "learned" else 0
-    tokens = int(config.token_route or (adapters > 0 and config.address == "token"))
+    reads_tokens = adapters > 0 and config.address == "token"
+    tokens = int(config.token_route or reads_tokens)
+    tokens += int(reads_tokens and config.far_distance is not None)
     copies = 0
     if learned:
         copies = copied_numbers(text.hidden_size, routes * config.bits, config.projection_rank)
@@ -178,7 +186,8 @@ def plan_memory(
         held_there = context <= allowed
     elif held_there:
         held_there = config.backend == "cuda"
-    history = adapters * routes * (1 if config.bits <= 8 else 2)
+    # Selection keys are float32, two products wide.
+    history = adapters * (routes * (1 if config.bits <= 8 else 2) + 2 * config.select * 4)
     states = 0
     if held_there:
         states, learned, history = round(learned * bytes_a_symbol(config.bits) * symbols), 0, 0

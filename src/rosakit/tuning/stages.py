@@ -42,7 +42,7 @@ def parameter_groups(model: Any, config: TuneConfig) -> list[dict[str, Any]]:
         addressing = {
             id(p)
             for adapter in adapters_of(model).values()
-            for projection in (adapter.q_proj, adapter.k_proj)
+            for projection in (adapter.q_proj, adapter.k_proj, adapter.selection)
             if projection is not None
             for p in projection.parameters()
         }
