@@ -46,6 +46,28 @@ class PackedAutomaton {
       if (const u32 t = find(u, s)) f(s, t);
   }
 
+  /// The symbols that go on from `u`, as a set.
+  u64 symbols(u32 u) const { return nodes_[u].symbols; }
+
+  /// targets[m]: where `s` with bit m flipped leads from the nearest state at or above `u` that it
+  /// goes on from, or 0. Every bit's state is chosen without branches on the way to the root, and
+  /// the targets are read at the end, all at once. Returns the link steps taken.
+  u32 nearest(u32 u, u32 s, unsigned bits, u32* targets) const {
+    u32 from[kMaxBits], wanted = 0, steps = 0;
+    for (unsigned m = 0; m < bits; ++m) wanted |= u32{1} << (s ^ (u32{1} << m));
+    wanted &= nodes_[0].symbols;
+    for (u32& state : from) state = u;
+    for (; wanted & ~nodes_[u].symbols; steps += 2)
+      for (int i = 0; i < 2; ++i) {  // the root is its own link
+        const u32 set = nodes_[u].symbols;
+        u = nodes_[u].link;
+        for (unsigned m = 0; m < kMaxBits; ++m)
+          from[m] = set >> ((s ^ (u32{1} << m)) & 15u) & 1u ? from[m] : u;
+      }
+    for (unsigned m = 0; m < bits; ++m) targets[m] = find(from[m], s ^ (u32{1} << m));
+    return steps;
+  }
+
   Appended append(u32 c) {
     const u32 cur = new_state(length_ + 1, static_cast<i32>(length_));
     ++length_;
@@ -86,7 +108,7 @@ class PackedAutomaton {
     u8 next[48];  // 16 targets of 3 bytes
     u32 link, len;
     i32 end;
-    u32 unused;
+    u32 symbols;  // the set of those that go on
   };
 
   /// Four bytes from a target's first on; the last target's fourth byte is the link's first.
@@ -98,6 +120,7 @@ class PackedAutomaton {
   void store(u32 u, u32 s, u32 target) {
     const u32 word = (load(u, s) & ~kTarget) | target;
     std::memcpy(reinterpret_cast<char*>(&nodes_[u]) + 3 * s, &word, 4);
+    nodes_[u].symbols |= u32{1} << s;
   }
   u32 new_state(u32 length, i32 position) {
     const u32 id = size_++;

@@ -61,10 +61,11 @@ class Solver {
     stream.reset(symbol_bits_);
     Hit flips[16];
     u32 i = 0;
+    const bool lengths = rule_.min_length > 1 || cap != kUnlimited;  // else a flip's is not needed
     const bool self = cap == kUnlimited && std::equal(q, q + n, k);
     for (; i < n && stream.chain_steps <= budget.at(i) && walked_ <= budget.at(i); ++i) {
       if (out_.bits) {
-        walked_ += stream.flips(q[i], out_.bits, cap, flips);
+        walked_ += stream.flips(q[i], out_.bits, cap, flips, lengths);
         for (unsigned m = 0; m < out_.bits; ++m) write_flip(i, m, flips[m]);
       }
       if constexpr (kLooksAhead) stream.tree.expect(i + 1 < n ? k[i + 1] : 0);
@@ -88,18 +89,16 @@ class Solver {
     Hit before{};
     for (; i < n; ++i) {
       const i32 by = static_cast<i32>(i) - 1;
-      offline_.reveal(by);
+      offline_.reveal(by, k);
       for (unsigned m = 0; m < out_.bits; ++m) {
-        const Cursor c = offline_.follow(at, q[i] ^ (u32{1} << m), by, cap);
-        write_flip(i, m, c.length ? Hit{offline_.latest(c.state), c.length} : Hit{});
+        const u32 s = q[i] ^ (u32{1} << m);
+        write_flip(i, m, offline_.seen(s, by) ? look_up(offline_.follow(at, s, by, cap), s) : Hit{});
       }
       at = offline_.follow(at, q[i], by, cap);
       // A match that goes on keeps its (latest) place; only new matches are looked up.
       const bool goes_on =
           before.length && before.length < cap && k[static_cast<u32>(before.end) + 1] == q[i];
-      before = goes_on     ? Hit{before.end + 1, before.length + 1}
-               : at.length ? Hit{offline_.latest(at.state), at.length}
-                           : Hit{};
+      before = goes_on ? Hit{before.end + 1, before.length + 1} : look_up(at, q[i]);
       write(i, before);
     }
   }
@@ -140,21 +139,21 @@ class Solver {
     for (; i < n; ++i) {
       const bool rose = runs_.see_key(k[i], rule_.successor);
       const i32 known = runs_.known;
-      offline_.reveal(known);
+      offline_.reveal(known, runs_.key_run);
       const bool fresh = runs_.see_query(q[i]);
       if (fresh) {
-        for (unsigned m = 0; m < out_.bits; ++m)
-          write_flip(
-              i, m,
-              runs_.successor(look_up(offline_.follow(at, q[i] ^ (u32{1} << m), known, cap))));
+        for (unsigned m = 0; m < out_.bits; ++m) {
+          const u32 s = q[i] ^ (u32{1} << m);
+          write_flip(i, m, runs_.successor(look_up(offline_.follow(at, s, known, cap), s)));
+        }
         whole = offline_.follow(whole, q[i], all, cap);
         at = offline_.follow(at, q[i], known, cap);
         const bool goes_on = now.length && now.length < cap && now.end < known &&
                              runs_.key_run[static_cast<u32>(now.end) + 1] == q[i];
-        now = goes_on ? Hit{now.end + 1, now.length + 1} : look_up(at);
+        now = goes_on ? Hit{now.end + 1, now.length + 1} : look_up(at, q[i]);
       } else if (rose && runs_.key_run[static_cast<u32>(known)] == q[i]) {
         at = offline_.occurring(whole, known);
-        now = look_up(at);
+        now = look_up(at, q[i]);
       }
       write(i, runs_.successor(now));
       if (!fresh)
@@ -165,7 +164,10 @@ class Solver {
   void write_flip_as_match(u32 i, unsigned m) {
     out_.flipped[std::size_t{i} * out_.bits + m] = out_.position[i];
   }
-  Hit look_up(Cursor c) const { return c.length ? Hit{offline_.latest(c.state), c.length} : Hit{}; }
+  /// The latest hit of the place `c`, whose string ends in symbol `s`.
+  Hit look_up(Cursor c, u32 s) const {
+    return c.length ? Hit{offline_.latest(c.state, s), c.length} : Hit{};
+  }
 
   Offline<Tree> offline_;
   RunStream<Stream<Tree>, Flat> runs_;
