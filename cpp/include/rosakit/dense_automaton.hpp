@@ -54,9 +54,9 @@ class Dense {
 
   /// The symbols that go on from `u`, as a set.
   u64 symbols(u32 u) const {
-    u64 set = 0;
-    for (u32 s = 0; s < kWidth; ++s) set |= u64{rows_[u].next[s] != 0} << s;
-    return set;
+    Parts row;
+    std::memcpy(&row, &rows_[u], sizeof row);
+    return ~row.missing() & ((u32{1} << kWidth) - 1);
   }
 
   /// targets[m]: where `s` with bit m flipped leads from the nearest state at or above `u` that it

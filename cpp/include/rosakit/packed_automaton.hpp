@@ -75,6 +75,7 @@ class PackedAutomaton {
     last_ = cur;
     for (; (t = find(p, c)) == 0; p = nodes_[p].link) {
       store(p, c, cur);
+      nodes_[p].symbols |= u32{1} << c;
       if (p == 0) return {cur, 0, 0};
     }
     const u32 plen = nodes_[p].len + 1;
@@ -120,7 +121,6 @@ class PackedAutomaton {
   void store(u32 u, u32 s, u32 target) {
     const u32 word = (load(u, s) & ~kTarget) | target;
     std::memcpy(reinterpret_cast<char*>(&nodes_[u]) + 3 * s, &word, 4);
-    nodes_[u].symbols |= u32{1} << s;
   }
   u32 new_state(u32 length, i32 position) {
     const u32 id = size_++;
