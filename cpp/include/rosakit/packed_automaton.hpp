@@ -46,6 +46,8 @@ class PackedAutomaton {
       if (const u32 t = find(u, s)) f(s, t);
   }
 
+  /// Whether `symbols` and `nearest` will be asked for; said before the stream is appended.
+  void keep_symbols(bool keep) { keeps_symbols_ = keep; }
   /// The symbols that go on from `u`, as a set.
   u64 symbols(u32 u) const { return nodes_[u].symbols; }
 
@@ -68,14 +70,27 @@ class PackedAutomaton {
     return steps;
   }
 
-  Appended append(u32 c) {
+  Appended append(u32 c) { return keeps_symbols_ ? append_to<true>(c) : append_to<false>(c); }
+
+  u32 propagate(u32 u, i32 position) {
+    u32 steps = 0;
+    for (u32 v = nodes_[u].link; v != 0; v = nodes_[v].link, ++steps) {
+      nodes_[v].end = position;
+      prefetch_target(v, ahead_);
+    }
+    return steps;
+  }
+
+ private:
+  template <bool kSets>
+  Appended append_to(u32 c) {
     const u32 cur = new_state(length_ + 1, static_cast<i32>(length_));
     ++length_;
     u32 p = last_, t;
     last_ = cur;
     for (; (t = find(p, c)) == 0; p = nodes_[p].link) {
       store(p, c, cur);
-      nodes_[p].symbols |= u32{1} << c;
+      if constexpr (kSets) nodes_[p].symbols |= u32{1} << c;
       if (p == 0) return {cur, 0, 0};
     }
     const u32 plen = nodes_[p].len + 1;
@@ -94,16 +109,6 @@ class PackedAutomaton {
     return {cur, clone, t};
   }
 
-  u32 propagate(u32 u, i32 position) {
-    u32 steps = 0;
-    for (u32 v = nodes_[u].link; v != 0; v = nodes_[v].link, ++steps) {
-      nodes_[v].end = position;
-      prefetch_target(v, ahead_);
-    }
-    return steps;
-  }
-
- private:
   static constexpr u32 kTarget = (u32{1} << 24) - 1;
   struct alignas(64) Node {
     u8 next[48];  // 16 targets of 3 bytes
@@ -132,6 +137,7 @@ class PackedAutomaton {
 
   Buffer<Node> nodes_;
   u32 size_ = 0, last_ = 0, length_ = 0, ahead_ = 0;
+  bool keeps_symbols_ = true;
 };
 
 }  // namespace rosakit

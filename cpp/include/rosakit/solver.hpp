@@ -37,6 +37,8 @@ class Solver {
     walked_ = 0;
     rule_ = rule;
     out_ = out;
+    if constexpr (requires(Tree& tree) { tree.keep_symbols(true); })
+      runs_.stream.tree.keep_symbols(out.bits > 0);
     if (rule.granularity == Granularity::token) tokens(q, k, n);
     else runs(q, k, n);
   }
