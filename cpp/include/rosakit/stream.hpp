@@ -26,9 +26,9 @@ struct NoForest {
   void clear() {}
 };
 
-/// Past the change to a link-cut tree, states of strings up to this long are still walked: paths
-/// differ most near the root, where a walk of at most so many states is cheaper than changing paths.
-inline constexpr u32 kShallow = 16;
+/// Past the change to a link-cut tree, states of strings up to this long may still be walked: where
+/// streams branch, near the root, a walk of a few states is cheaper than changing paths.
+inline constexpr u32 kMostShallow = 16;
 
 /// Link steps that walking chains may take up to stream position i.
 struct Budget {
@@ -48,7 +48,8 @@ struct Stream {
   u64 chain_steps = 0, wider_steps = 0;
   bool linked = false;
   Budget budget;  // streaming only: past it, `forest` takes over
-  Cursor low;     // if `linked`: the longest suffix of the keys of at most kShallow symbols
+  u32 brink = 0;  // if `linked`: states of strings up to this long are walked
+  Cursor low;     // if `linked`: the longest suffix of the keys of at most `brink` symbols
 
   explicit Stream(unsigned bits = 8) { tree.reset(bits); }
   void reset(unsigned bits) {
@@ -99,11 +100,14 @@ struct Stream {
   /// Changes over to the link-cut tree.
   void link_up() requires kMayLink {
     forest.clear();
+    brink = 0;
+    for (u32 u = 1; u < tree.size(); ++u)
+      if (const u32 n = tree.len(u); n > brink && n <= kMostShallow && tree.degree(u) > 1) brink = n;
     for (u32 u = 0; u < tree.size(); ++u) forest.add(deep_link(u), tree.end(u));
     linked = true;
     const u32 n = tree.length();
-    low = {tree.last(), n < kShallow ? n : kShallow};
-    while (tree.len(tree.link(low.state)) >= kShallow) low.state = tree.link(low.state);
+    low = {brink ? tree.last() : 0, n < brink ? n : brink};
+    while (low.state && tree.len(tree.link(low.state)) >= brink) low.state = tree.link(low.state);
     if (n) forest.mark(tree.last(), static_cast<i32>(n) - 1);  // one solid path, as after a step
   }
 
@@ -184,16 +188,17 @@ struct Stream {
   }
 
  private:
-  bool shallow(u32 u) const { return tree.len(u) <= kShallow; }
+  bool shallow(u32 u) const { return tree.len(u) <= brink; }
   u32 deep_link(u32 u) const { return shallow(tree.link(u)) ? 0 : tree.link(u); }
 
   /// Makes `position` the latest end of the shallow states that the newest key ends.
   void mark_shallow(u32 key, const Appended& a, i32 position) {
+    if (!brink) return;
     if (a.clone && a.split == low.state && low.length <= tree.len(a.clone)) low.state = a.clone;
     low.state = tree.find(low.state, key);
-    if (++low.length > kShallow) {
-      low.length = kShallow;
-      if (tree.len(tree.link(low.state)) >= kShallow) low.state = tree.link(low.state);
+    if (++low.length > brink) {
+      low.length = brink;
+      if (tree.len(tree.link(low.state)) >= brink) low.state = tree.link(low.state);
     }
     for (u32 v = low.state; v; v = tree.link(v))
       if (shallow(v)) tree.set_end(v, position);
