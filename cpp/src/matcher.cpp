@@ -186,8 +186,8 @@ void best_successors(const SuccessorCall& call) {
             stream.advance(static_cast<u32>(token), call.max_length);
             stream.append(static_cast<u32>(token));
             if (stream.over_budget()) stream.link_up();
-            candidates.collect(stream, stream.at, static_cast<u32>(token), call.candidates,
-                               call.min_length, static_cast<i32>(g.begin), call.position + i * k,
+            candidates.collect(stream, stream.at, call.candidates, call.min_length,
+                               static_cast<i32>(g.begin), call.position + i * k,
                                call.length + i * k);
           }
         },

@@ -77,6 +77,12 @@ class Automaton {
     else if (x.next) f(inline_symbol(x), x.next);
   }
 
+  /// How many transitions `u` has.
+  u32 degree(u32 u) const {
+    const State& x = states_[u];
+    return has_row(x) ? rows_.used(row_of(x)) : x.next != 0;
+  }
+
   /// Appends symbol `c` at position length(). Latest ends are not propagated.
   Appended append(u32 c) {
     if (length_ >= kMaxSymbols) throw std::length_error("suffix automaton: stream too long");

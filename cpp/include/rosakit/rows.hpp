@@ -76,6 +76,14 @@ class Rows {
     }
   }
 
+  /// Entries in use.
+  u32 used(RowRef row) const {
+    if (kWide && hashed(row.cls)) return row.used;
+    u32 n = 0;
+    for_each(row, [&](u32, u32) { ++n; });
+    return n;
+  }
+
   /// A new row of two entries.
   RowRef make(u32 s0, u32 t0, u32 s1, u32 t1) {
     RowRef row = make_class(0);
