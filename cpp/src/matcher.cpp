@@ -140,12 +140,14 @@ void match(const MatchCall<T>& call) {
     const std::size_t at = stream * s.length;
     const i32* starts =
         call.segment_starts ? call.segment_starts + stream / s.routes * s.length : nullptr;
+    const u8* flip_at = call.flip_at ? call.flip_at + stream / s.routes * s.length : nullptr;
     for_each_segment(
         starts, s.length,
         [&](Segment g) {
           Output out{call.position + at + g.begin, call.length + at + g.begin, nullptr,
                      call.flip_bits, static_cast<i32>(g.begin)};
           if (call.flip_bits) out.flipped = call.flipped + (at + g.begin) * call.flip_bits;
+          if (flip_at) out.flip_at = flip_at + g.begin;
           match_segment(*scratch[worker], call.q + at + g.begin, call.k + at + g.begin,
                         g.end - g.begin, call.rule, out);
         },

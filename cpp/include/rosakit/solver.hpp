@@ -19,6 +19,7 @@ struct Output {
   i32* flipped = nullptr;  // [n, bits] or null
   unsigned bits = 0;
   i32 base = 0;
+  const u8* flip_at = nullptr;  // [n]: where flips are wanted; null: everywhere
 };
 
 template <class Tree>
@@ -66,9 +67,10 @@ class Solver {
     const bool lengths = rule_.min_length > 1 || cap != kUnlimited;  // else a flip's is not needed
     const bool self = cap == kUnlimited && std::equal(q, q + n, k);
     for (; i < n && stream.chain_steps <= budget.at(i) && walked_ <= budget.at(i); ++i) {
-      if (out_.bits) {
-        walked_ += stream.flips(q[i], out_.bits, cap, flips, lengths);
-        for (unsigned m = 0; m < out_.bits; ++m) write_flip(i, m, flips[m]);
+      const unsigned bits = bits_at(i);
+      if (bits) {
+        walked_ += stream.flips(q[i], bits, cap, flips, lengths);
+        for (unsigned m = 0; m < bits; ++m) write_flip(i, m, flips[m]);
       }
       if constexpr (kLooksAhead) stream.tree.expect(i + 1 < n ? k[i + 1] : 0);
       if (self) {
@@ -82,6 +84,7 @@ class Solver {
         write(i, stream.hit());
         primary_.push_back(stream.append(k[i]));
       }
+      if (bits < out_.bits) write_flips_as_match(i);
     }
     if (i == n) return;
     for (u32 j = i; j < n; ++j) primary_.push_back(stream.tree.append(k[j]).state);
@@ -92,7 +95,8 @@ class Solver {
     for (; i < n; ++i) {
       const i32 by = static_cast<i32>(i) - 1;
       offline_.reveal(by, k);
-      for (unsigned m = 0; m < out_.bits; ++m) {
+      const unsigned bits = bits_at(i);
+      for (unsigned m = 0; m < bits; ++m) {
         const u32 s = q[i] ^ (u32{1} << m);
         write_flip(i, m, offline_.seen(s, by) ? look_up(offline_.follow(at, s, by, cap), s) : Hit{});
       }
@@ -102,6 +106,7 @@ class Solver {
           before.length && before.length < cap && k[static_cast<u32>(before.end) + 1] == q[i];
       before = goes_on ? Hit{before.end + 1, before.length + 1} : look_up(at, q[i]);
       write(i, before);
+      if (bits < out_.bits) write_flips_as_match(i);
     }
   }
 
@@ -111,13 +116,14 @@ class Solver {
     Hit flips[16];
     u32 i = 0;
     for (; i < n && runs_.walked <= budget.at(i) && runs_.stream.chain_steps <= budget.at(i); ++i) {
-      const bool fresh = runs_.step(q[i], k[i], rule_, out_.bits, flips);
+      const unsigned bits = bits_at(i);
+      const bool fresh = runs_.step(q[i], k[i], rule_, bits, flips);
       if (primary_.size() < runs_.stream.tree.length())
         primary_.push_back(runs_.stream.tree.last());
       write(i, runs_.hit());
-      for (unsigned m = 0; m < out_.bits; ++m)
-        if (fresh) write_flip(i, m, flips[m]);
-        else write_flip_as_match(i, m);
+      if (!fresh || !bits) write_flips_as_match(i);
+      else
+        for (unsigned m = 0; m < bits; ++m) write_flip(i, m, flips[m]);
     }
     if (i < n) runs_offline(q, k, n, i);
   }
@@ -143,8 +149,9 @@ class Solver {
       const i32 known = runs_.known;
       offline_.reveal(known, runs_.key_run);
       const bool fresh = runs_.see_query(q[i]);
+      const unsigned bits = bits_at(i);
       if (fresh) {
-        for (unsigned m = 0; m < out_.bits; ++m) {
+        for (unsigned m = 0; m < bits; ++m) {
           const u32 s = q[i] ^ (u32{1} << m);
           write_flip(i, m, runs_.successor(look_up(offline_.follow(at, s, known, cap), s)));
         }
@@ -158,13 +165,16 @@ class Solver {
         now = look_up(at, q[i]);
       }
       write(i, runs_.successor(now));
-      if (!fresh)
-        for (unsigned m = 0; m < out_.bits; ++m) write_flip_as_match(i, m);
+      if (!fresh || !bits) write_flips_as_match(i);
     }
   }
-  /// Inside a query run no single flip is defined: the match itself stands for every bit.
-  void write_flip_as_match(u32 i, unsigned m) {
-    out_.flipped[std::size_t{i} * out_.bits + m] = out_.position[i];
+  /// Bits to flip at position i.
+  unsigned bits_at(u32 i) const { return out_.flip_at && !out_.flip_at[i] ? 0 : out_.bits; }
+  /// Where no flip is wanted, and inside a query run, where no single flip is defined: the match
+  /// itself stands for every bit.
+  void write_flips_as_match(u32 i) {
+    for (unsigned m = 0; m < out_.bits; ++m)
+      out_.flipped[std::size_t{i} * out_.bits + m] = out_.position[i];
   }
   /// The latest hit of the place `c`, whose string ends in symbol `s`.
   Hit look_up(Cursor c, u32 s) const {

@@ -270,6 +270,8 @@ class RosaAdapter(nn.Module):
             max_length=self.max_length,
             min_length=self.min_length,
             segment_starts=context.segment_starts,
+            stride=self.estimator_options.get("stride", 1),
+            seed=self.estimator_options.get("seed", 0),
         )
         return Begun(q, k, started)
 

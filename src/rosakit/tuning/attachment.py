@@ -164,7 +164,7 @@ def _adapters(
             bits=config.bits,
             routes=config.routes,
             estimator=config.estimator,
-            estimator_options=config.estimator_options,
+            estimator_options=config.all_estimator_options,
             inject=config.inject,
             unmatched=config.unmatched,
             granularity=config.granularity,

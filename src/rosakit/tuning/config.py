@@ -70,6 +70,12 @@ class RosaConfig:
     estimator_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Options of the estimator, as a mapping."}
     )
+    counterfactual_stride: int = option(
+        1,
+        "Counterfactual estimator: credit one of so many query positions, drawn anew for other "
+        "bits and counted as often; 1 for every position.",
+        low=1,
+    )
     inject: Literal["post_attn", "pre_attn"] = option(
         "post_attn", "Add the result to the attention's output, or mix it into its input."
     )
@@ -165,6 +171,16 @@ class RosaConfig:
             if len(set(items)) != len(items):
                 raise InvalidInputError(f"RosaConfig.{name} names a layer twice: {list(items)}")
         check_options(self.estimator, self.estimator_options)
+        if self.counterfactual_stride > 1 and self.estimator != "counterfactual":
+            raise InvalidInputError(
+                f"RosaConfig.counterfactual_stride={self.counterfactual_stride} samples the flips "
+                f"of estimator='counterfactual', not {self.estimator!r}; leave it at 1"
+            )
+        if self.counterfactual_stride > 1 and "stride" in self.estimator_options:
+            raise InvalidInputError(
+                "RosaConfig.counterfactual_stride and estimator_options['stride'] say the same; "
+                "give one of them"
+            )
         check_address_options(
             self.address,
             learned=self.learns_address,
@@ -217,6 +233,13 @@ class RosaConfig:
     def learns_address(self) -> bool:
         """Whether adapters have trained projections of queries and keys."""
         return self.address == "learned" or (self.address == "hash" and self.hash_refine)
+
+    @property
+    def all_estimator_options(self) -> dict[str, Any]:
+        """Options of the estimator, those included that are fields of their own."""
+        if self.counterfactual_stride == 1:
+            return self.estimator_options
+        return {**self.estimator_options, "stride": self.counterfactual_stride}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from rosakit.errors import UnsupportedModelError
 
-__all__ = ["check_parallelism", "processes"]
+__all__ = ["check_parallelism", "deepspeed_launched", "processes"]
 
 _SPLITS = {
     "cp_size": "context parallelism",
@@ -19,6 +19,11 @@ _SPLITS = {
 def processes() -> int:
     """Processes that a launcher (accelerate, torchrun, deepspeed) started for this run."""
     return max(1, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def deepspeed_launched() -> bool:
+    """Whether accelerate's launcher asked for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes")
 
 
 def check_parallelism(accelerator: Any) -> None:

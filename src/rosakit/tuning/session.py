@@ -201,7 +201,7 @@ def _digest(model: Any) -> dict[str, Any]:
             digest.update(str(tuple(parameter.shape)).encode() + picked.numpy().tobytes())
     controller, decoder = controller_of(model), decoder_of(model)
     training_only = (
-        *("estimator", "estimator_options", "credit_margin"),
+        *("estimator", "estimator_options", "counterfactual_stride", "credit_margin"),
         *("adapter_dtype", "backend", "recall_offload"),
     )
     options = controller.config.to_dict()

@@ -26,7 +26,7 @@ from rosakit.files import atomic_write, sync
 from rosakit.tuning.checkpoint import fingerprint
 from rosakit.tuning.loss import LossModel
 from rosakit.tuning.packing import collate
-from rosakit.tuning.parallel import check_parallelism
+from rosakit.tuning.parallel import check_parallelism, deepspeed_launched
 from rosakit.tuning.result import load_trained, save_trained
 from rosakit.tuning.sealed import LOSSES, checkpoints, last_checkpoint, seal, verify_checkpoint
 from rosakit.tuning.settings import TuneConfig
@@ -88,7 +88,8 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
             eval_strategy="steps" if config.eval_every and eval_blocks is not None else "no",
             eval_steps=config.eval_every or None,
             seed=config.seed,
-            use_cpu=device.type == "cpu",
+            # With use_cpu accelerate would leave DeepSpeed out without a word.
+            use_cpu=device.type == "cpu" and not deepspeed_launched(),
             disable_tqdm=True,
             report_to=list(config.report_to) or "none",
             bf16=precision == "bfloat16",
