@@ -104,7 +104,7 @@ const u32* as_words(const T* x, std::size_t n, Buffer<u32>& copy) {
 template <class T>
 void match_segment(Scratch& scratch, const T* q, const T* k, std::size_t n, const Rule& rule,
                    const Output& out) {
-  u32 top = out.bits ? (u32{1} << out.bits) - 1 : 0;
+  u32 top = 1;
   for (std::size_t i = 0; i < n; ++i) top |= static_cast<u32>(q[i]) | static_cast<u32>(k[i]);
   if (top >> 31)
     throw std::invalid_argument("symbols must be >= 0; a negative one was found outside padding");

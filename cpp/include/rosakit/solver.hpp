@@ -30,9 +30,11 @@ class Solver {
   /// Of the online phase.
   Budget budget;
 
+  /// Symbols are below 2^symbol_bits. Flips may reach beyond: what those find is nothing.
   void match(const Symbol* q, const Symbol* k, u32 n, const Rule& rule, unsigned symbol_bits,
              const Output& out) {
     symbol_bits_ = symbol_bits;
+    flip_bits_ = std::min(out.bits, symbol_bits);
     primary_.clear();
     primary_.reserve(n);
     walked_ = 0;
@@ -52,9 +54,14 @@ class Solver {
     out_.position[i] = ok ? out_.base + h.end + 1 : kNull;
     out_.length[i] = ok ? static_cast<i32>(h.length) : 0;
   }
-  void write_flip(u32 i, unsigned m, Hit h) {
-    const bool ok = h.length >= rule_.min_length && h.length > 0;
-    out_.flipped[std::size_t{i} * out_.bits + m] = ok ? out_.base + h.end + 1 : kNull;
+  /// `hits`: of the flips below flip_bits_.
+  void write_flips(u32 i, const Hit* hits) {
+    i32* to = out_.flipped + std::size_t{i} * out_.bits;
+    for (unsigned m = 0; m < flip_bits_; ++m) {
+      const bool ok = hits[m].length >= rule_.min_length && hits[m].length > 0;
+      to[m] = ok ? out_.base + hits[m].end + 1 : kNull;
+    }
+    for (unsigned m = flip_bits_; m < out_.bits; ++m) to[m] = kNull;
   }
 
   void tokens(const Symbol* q, const Symbol* k, u32 n) {
@@ -67,10 +74,10 @@ class Solver {
     const bool lengths = rule_.min_length > 1 || cap != kUnlimited;  // else a flip's is not needed
     const bool self = cap == kUnlimited && std::equal(q, q + n, k);
     for (; i < n && stream.chain_steps <= budget.at(i) && walked_ <= budget.at(i); ++i) {
-      const unsigned bits = bits_at(i);
-      if (bits) {
-        walked_ += stream.flips(q[i], bits, cap, flips, lengths);
-        for (unsigned m = 0; m < bits; ++m) write_flip(i, m, flips[m]);
+      const bool flip = flips_at(i);
+      if (flip) {
+        walked_ += stream.flips(q[i], flip_bits_, cap, flips, lengths);
+        write_flips(i, flips);
       }
       if constexpr (kLooksAhead) stream.tree.expect(i + 1 < n ? k[i + 1] : 0);
       if (self) {
@@ -84,7 +91,7 @@ class Solver {
         write(i, stream.hit());
         primary_.push_back(stream.append(k[i]));
       }
-      if (bits < out_.bits) write_flips_as_match(i);
+      if (!flip) write_flips_as_match(i);
     }
     if (i == n) return;
     for (u32 j = i; j < n; ++j) primary_.push_back(stream.tree.append(k[j]).state);
@@ -95,10 +102,13 @@ class Solver {
     for (; i < n; ++i) {
       const i32 by = static_cast<i32>(i) - 1;
       offline_.reveal(by, k);
-      const unsigned bits = bits_at(i);
-      for (unsigned m = 0; m < bits; ++m) {
-        const u32 s = q[i] ^ (u32{1} << m);
-        write_flip(i, m, offline_.seen(s, by) ? look_up(offline_.follow(at, s, by, cap), s) : Hit{});
+      const bool flip = flips_at(i);
+      if (flip) {
+        for (unsigned m = 0; m < flip_bits_; ++m) {
+          const u32 s = q[i] ^ (u32{1} << m);
+          flips[m] = offline_.seen(s, by) ? look_up(offline_.follow(at, s, by, cap), s) : Hit{};
+        }
+        write_flips(i, flips);
       }
       at = offline_.follow(at, q[i], by, cap);
       // A match that goes on keeps its (latest) place; only new matches are looked up.
@@ -106,7 +116,7 @@ class Solver {
           before.length && before.length < cap && k[static_cast<u32>(before.end) + 1] == q[i];
       before = goes_on ? Hit{before.end + 1, before.length + 1} : look_up(at, q[i]);
       write(i, before);
-      if (bits < out_.bits) write_flips_as_match(i);
+      if (!flip) write_flips_as_match(i);
     }
   }
 
@@ -116,14 +126,13 @@ class Solver {
     Hit flips[16];
     u32 i = 0;
     for (; i < n && runs_.walked <= budget.at(i) && runs_.stream.chain_steps <= budget.at(i); ++i) {
-      const unsigned bits = bits_at(i);
-      const bool fresh = runs_.step(q[i], k[i], rule_, bits, flips);
+      const bool wanted = flips_at(i);
+      const bool fresh = runs_.step(q[i], k[i], rule_, wanted ? flip_bits_ : 0, flips);
       if (primary_.size() < runs_.stream.tree.length())
         primary_.push_back(runs_.stream.tree.last());
       write(i, runs_.hit());
-      if (!fresh || !bits) write_flips_as_match(i);
-      else
-        for (unsigned m = 0; m < bits; ++m) write_flip(i, m, flips[m]);
+      if (fresh && wanted) write_flips(i, flips);
+      else write_flips_as_match(i);
     }
     if (i < n) runs_offline(q, k, n, i);
   }
@@ -131,7 +140,7 @@ class Solver {
   void runs_offline(const Symbol* q, const Symbol* k, u32 n, u32 i) {
     const u32 cap = rule_.max_length;
     auto& tree = runs_.stream.tree;
-    Hit now = runs_.stream.hit();
+    Hit now = runs_.stream.hit(), flips[16];
     // The keys still to come enter the automaton at once.
     Symbol last = runs_.key_run[runs_.key_run.size() - 1];
     for (u32 e = tree.length(); e < runs_.key_run.size(); ++e)
@@ -148,13 +157,13 @@ class Solver {
       const bool rose = runs_.see_key(k[i], rule_.successor);
       const i32 known = runs_.known;
       offline_.reveal(known, runs_.key_run);
-      const bool fresh = runs_.see_query(q[i]);
-      const unsigned bits = bits_at(i);
+      const bool fresh = runs_.see_query(q[i]), flip = flips_at(i) && fresh;
       if (fresh) {
-        for (unsigned m = 0; m < bits; ++m) {
+        for (unsigned m = 0; flip && m < flip_bits_; ++m) {
           const u32 s = q[i] ^ (u32{1} << m);
-          write_flip(i, m, runs_.successor(look_up(offline_.follow(at, s, known, cap), s)));
+          flips[m] = runs_.successor(look_up(offline_.follow(at, s, known, cap), s));
         }
+        if (flip) write_flips(i, flips);
         whole = offline_.follow(whole, q[i], all, cap);
         at = offline_.follow(at, q[i], known, cap);
         const bool goes_on = now.length && now.length < cap && now.end < known &&
@@ -165,11 +174,11 @@ class Solver {
         now = look_up(at, q[i]);
       }
       write(i, runs_.successor(now));
-      if (!fresh || !bits) write_flips_as_match(i);
+      if (!flip) write_flips_as_match(i);
     }
   }
-  /// Bits to flip at position i.
-  unsigned bits_at(u32 i) const { return out_.flip_at && !out_.flip_at[i] ? 0 : out_.bits; }
+  /// Whether flips are wanted at position i.
+  bool flips_at(u32 i) const { return out_.bits && (!out_.flip_at || out_.flip_at[i]); }
   /// Where no flip is wanted, and inside a query run, where no single flip is defined: the match
   /// itself stands for every bit.
   void write_flips_as_match(u32 i) {
@@ -185,7 +194,7 @@ class Solver {
   RunStream<Stream<Tree>, Flat> runs_;
   Buffer<u32> primary_;
   u64 walked_ = 0;
-  unsigned symbol_bits_ = 8;
+  unsigned symbol_bits_ = 8, flip_bits_ = 0;
   Rule rule_;
   Output out_;
 };
