@@ -23,6 +23,7 @@ reference::Result solve(const Symbols& q, const Symbols& k, const Rule& rule, un
                         std::vector<i32>(n * flips, -7)};
   Solver<Tree> solver;
   solver.budget = budget;
+  if (n % 2) solver.hints_from = 0;
   solver.match(qs.data(), ks.data(), static_cast<u32>(n), rule, symbol_bits,
                Output{out.position.data(), out.length.data(), out.flipped.data(), flips, 0});
   return out;

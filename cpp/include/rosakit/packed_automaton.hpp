@@ -40,6 +40,7 @@ class PackedAutomaton {
   [[gnu::always_inline]] void prefetch_target(u32 u, u32 s) const {
     __builtin_prefetch(&nodes_[find(u, s)]);
   }
+  [[gnu::always_inline]] void prefetch_state(u32 u) const { __builtin_prefetch(&nodes_[u]); }
   template <class F>
   void for_each(u32 u, F&& f) const {
     for (u32 s = 0; s < 16; ++s)

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "rosakit/hints.hpp"
 #include "rosakit/offline.hpp"
 #include "rosakit/run_stream.hpp"
 
@@ -29,6 +30,8 @@ class Solver {
 
   /// Of the online phase.
   Budget budget;
+  /// Streams from this length on look ahead by hints, if the layout can.
+  u32 hints_from = Hints<Tree>::kFrom;
 
   /// Symbols are below 2^symbol_bits. Flips may reach beyond: what those find is nothing.
   void match(const Symbol* q, const Symbol* k, u32 n, const Rule& rule, unsigned symbol_bits,
@@ -73,7 +76,12 @@ class Solver {
     u32 i = 0;
     const bool lengths = rule_.min_length > 1 || cap != kUnlimited;  // else a flip's is not needed
     const bool self = cap == kUnlimited && std::equal(q, q + n, k);
+    const bool hints = kLooksAhead && n >= hints_from;
+    if constexpr (kLooksAhead)
+      if (hints) hints_.reset(q, k, n, self);
     for (; i < n && stream.chain_steps <= budget.at(i) && walked_ <= budget.at(i); ++i) {
+      if constexpr (kLooksAhead)
+        if (hints) hints_.ahead(stream.tree, i);
       const bool flip = flips_at(i);
       if (flip) {
         walked_ += stream.flips(q[i], flip_bits_, cap, flips, lengths);
@@ -91,6 +99,8 @@ class Solver {
         write(i, stream.hit());
         primary_.push_back(stream.append(k[i]));
       }
+      if constexpr (kLooksAhead)
+        if (hints) hints_.note(i, stream.tree.last());
       if (!flip) write_flips_as_match(i);
     }
     if (i == n) return;
@@ -192,6 +202,7 @@ class Solver {
 
   Offline<Tree> offline_;
   RunStream<Stream<Tree>, Flat> runs_;
+  Hints<Tree> hints_;
   Buffer<u32> primary_;
   u64 walked_ = 0;
   unsigned symbol_bits_ = 8, flip_bits_ = 0;
