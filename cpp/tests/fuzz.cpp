@@ -35,9 +35,9 @@ void solve(const Case& c, const reference::Result& want) {
                         std::vector<i32>(n * c.flips, -7)};
   solver.budget = c.budget;
   solver.hints_from = c.hints_from;
-  solver.match(q.data(), k.data(), static_cast<u32>(n), c.rule, c.bits,
-               Output{got.position.data(), got.length.data(), got.flipped.data(), c.flips, 0,
-                      c.flip_at});
+  solver.match(
+      q.data(), k.data(), static_cast<u32>(n), c.rule, c.bits,
+      Output{got.position.data(), got.length.data(), got.flipped.data(), c.flips, 0, c.flip_at});
   if (got != want) std::abort();
 }
 
@@ -67,7 +67,14 @@ std::size_t compare(const u8* data, std::size_t size) {
       for (unsigned m = 0; m < flips; ++m)
         if (!flip_at[i]) want.flipped[i * flips + m] = want.position[i];
   }
-  const Case drawn{q, k, rule, bits, flips, budget, data[5] & 128 ? 0u : ~0u, flip_at.empty() ? nullptr : flip_at.data()};
+  const Case drawn{q,
+                   k,
+                   rule,
+                   bits,
+                   flips,
+                   budget,
+                   data[5] & 128 ? 0u : ~0u,
+                   flip_at.empty() ? nullptr : flip_at.data()};
   solve<Automaton<false>>(drawn, want);
   solve<Automaton<true>>(drawn, want);
   if (bits <= PackedAutomaton::kMaxBits) {

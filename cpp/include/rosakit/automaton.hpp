@@ -72,7 +72,9 @@ class Automaton {
   }
   /// targets[m]: where `s` with bit m flipped leads from the nearest state at or above `u` that it
   /// goes on from, or 0, in one walk for all bits. Returns the link steps taken.
-  u32 nearest(u32 u, u32 s, unsigned bits, u32* targets) const requires(!kWide) {
+  u32 nearest(u32 u, u32 s, unsigned bits, u32* targets) const
+    requires(!kWide)
+  {
     u32 root[kMaxBits] = {}, found[kMaxBits] = {}, steps = 0;
     flips(kRoot, s, bits, root);  // what does not go on from the root never occurred
     const auto pending = [&] {

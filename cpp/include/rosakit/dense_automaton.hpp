@@ -80,7 +80,7 @@ class Dense {
     return steps;
   }
 
-  Appended append(u32 c) {
+  [[gnu::always_inline]] Appended append(u32 c) {
     const u32 cur = new_state(length_ + 1, static_cast<i32>(length_));
     ++length_;
     u32 p = last_, t;

@@ -1,5 +1,5 @@
-// Guesses of the states that the coming symbols will visit, so that the lines of an automaton larger
-// than the caches are asked for in time. Only hints: no result depends on them.
+// Guesses of the states that the coming symbols will visit, so that the lines of an automaton
+// larger than the caches are asked for in time. Only hints: no result depends on them.
 //
 // The states that a symbol visits are ends of what has been read: all of them lie on the link chain
 // of a state that was newest where the same symbols were read before. So the newest state is noted

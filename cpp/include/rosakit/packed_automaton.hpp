@@ -75,10 +75,12 @@ class PackedAutomaton {
 
   u32 propagate(u32 u, i32 position) {
     u32 steps = 0;
-    for (u32 v = nodes_[u].link; v != 0; v = nodes_[v].link, ++steps) {
-      nodes_[v].end = position;
-      prefetch_target(v, ahead_);
-    }
+    for (u32 v = nodes_[u].link; v != 0; steps += 2)
+      for (int i = 0; i < 2; ++i) {  // the root is its own link, and its end is never read
+        nodes_[v].end = position;
+        prefetch_target(v, ahead_);
+        v = nodes_[v].link;
+      }
     return steps;
   }
 

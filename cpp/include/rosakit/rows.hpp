@@ -71,8 +71,8 @@ class Rows {
     }
   }
 
-  /// Narrow: where `s` with each of its lowest `bits` bits flipped leads to goes to found[m] if that
-  /// is still 0. Entries are sorted by the bit they differ in, not looked for bit by bit.
+  /// Narrow: where `s` with each of its lowest `bits` bits flipped leads to goes to found[m] if
+  /// that is still 0. Entries are sorted by the bit they differ in, not looked for bit by bit.
   void flips(RowRef row, u32 s, unsigned bits, u32 (&found)[8]) const {
     const u32* r = words(row);
     u32 here[9] = {};  // the last one takes what differs otherwise

@@ -74,6 +74,7 @@ class Solver {
     Stream<Tree>& stream = runs_.stream;
     stream.tree.reserve(n);
     stream.reset(symbol_bits_);
+    primary_.resize(n);
     Hit flips[16];
     u32 i = 0;
     const bool lengths = rule_.min_length > 1 || cap != kUnlimited;  // else a flip's is not needed
@@ -81,6 +82,7 @@ class Solver {
     const bool hints = kLooksAhead && n >= hints_from;
     if constexpr (kLooksAhead)
       if (hints) hints_.reset(q, k, n, self);
+    if (self && !out_.bits) i = itself(k, n, hints);
     for (; i < n && stream.chain_steps <= budget.at(i) && walked_ <= budget.at(i); ++i) {
       if constexpr (kLooksAhead)
         if (hints) hints_.ahead(stream.tree, i);
@@ -92,21 +94,21 @@ class Solver {
       if constexpr (kLooksAhead) stream.tree.expect(i + 1 < n ? k[i + 1] : 0);
       if (self) {
         write(i, stream.append_self(k[i]));
-        primary_.push_back(stream.tree.last());
+        primary_[i] = stream.tree.last();
       } else {
         stream.advance(q[i], cap);
         if constexpr (kLooksAhead)
           stream.tree.prefetch_target(stream.at.state, i + 1 < n ? q[i + 1] : 0);
         else stream.tree.prefetch_row(stream.at.state);
         write(i, stream.hit());
-        primary_.push_back(stream.append(k[i]));
+        primary_[i] = stream.append(k[i]);
       }
       if constexpr (kLooksAhead)
         if (hints) hints_.note(i, stream.tree.last());
       if (!flip) write_flips_as_match(i);
     }
     if (i == n) return;
-    for (u32 j = i; j < n; ++j) primary_.push_back(stream.tree.append(k[j]).state);
+    for (u32 j = i; j < n; ++j) primary_[j] = stream.tree.append(k[j]).state;
     stream.normalise();
     offline_.build(stream.tree, primary_, out_.bits > 0);
     Cursor at = stream.at;
@@ -130,6 +132,23 @@ class Solver {
       write(i, before);
       if (!flip) write_flips_as_match(i);
     }
+  }
+
+  /// `tokens` where queries are the keys and no flips are wanted: the positions read online.
+  u32 itself(const Symbol* k, u32 n, [[maybe_unused]] bool hints) {
+    Stream<Tree>& stream = runs_.stream;
+    u32 i = 0;
+    for (; i < n && stream.chain_steps <= budget.at(i); ++i) {
+      if constexpr (kLooksAhead) {
+        if (hints) hints_.ahead(stream.tree, i);
+        stream.tree.expect(i + 1 < n ? k[i + 1] : 0);
+      }
+      write(i, stream.append_self(k[i]));
+      primary_[i] = stream.tree.last();
+      if constexpr (kLooksAhead)
+        if (hints) hints_.note(i, stream.tree.last());
+    }
+    return i;
   }
 
   void runs(const Symbol* q, const Symbol* k, u32 n) {
