@@ -79,9 +79,10 @@ class Solver {
     u32 i = 0;
     const bool lengths = rule_.min_length > 1 || cap != kUnlimited;  // else a flip's is not needed
     const bool self = cap == kUnlimited && std::equal(q, q + n, k);
-    const bool hints = kLooksAhead && n >= hints_from;
+    // Flips walk the query's whole chain at every position, which hints would only slow down.
+    const bool hints = kLooksAhead && n >= hints_from && !out_.bits;
     if constexpr (kLooksAhead)
-      if (hints) hints_.reset(q, k, n, self);
+      if (hints) hints_.reset(k, n);
     if (self && !out_.bits) i = itself(k, n, hints);
     for (; i < n && stream.chain_steps <= budget.at(i) && walked_ <= budget.at(i); ++i) {
       if constexpr (kLooksAhead)
