@@ -134,8 +134,9 @@ template <class T>
 void match(const MatchCall<T>& call) {
   const Shape& s = call.shape;
   check_length(s.length);
-  std::vector<std::unique_ptr<Scratch>> scratch(kMaxThreads);
-  parallel_for(s.batch * s.routes, [&](std::size_t stream, unsigned worker) {
+  const std::size_t streams = s.batch * s.routes;
+  std::vector<std::unique_ptr<Scratch>> scratch(streams > 1 ? kMaxThreads : 1);  // else worker 0
+  parallel_for(streams, [&](std::size_t stream, unsigned worker) {
     if (!scratch[worker]) scratch[worker] = spares().take();
     const std::size_t at = stream * s.length;
     const i32* starts =
