@@ -7,31 +7,28 @@
 
 namespace rosakit {
 
-/// Collects candidates for the stream's current cursor, whose last key `token` has just been
-/// appended: walks from the match towards the root, and at each state takes the successors not seen
-/// before, latest first. `position`/`length` have `k` places, filled with -1/0 where there are fewer
-/// candidates.
+/// Collects candidates for the stream's current cursor, just after its key was appended: at each
+/// state from the match towards the root, the successors not seen before, latest first.
+/// `position`/`length` have `k` places, filled with -1/0 where there are fewer candidates.
 ///
-/// What follows a state also follows its ancestors, so all that can be found follows the token alone.
-/// A long walk asks once how much that is and ends when it has it: a constant or periodic stream has
-/// chains of T states with one successor among them.
+/// What follows a state also follows its ancestors, so only ancestors with more successors than the
+/// last state's have something new: at most k states are looked at, whatever the length of the chain
+/// (Stream::wider finds them in O(log T) amortised). Looking at one costs the number of its
+/// successors.
 class Candidates {
  public:
+  /// Returns the successors looked at.
   template <class Stream>
-  void collect(Stream& stream, Cursor at, u32 token, unsigned k, u32 min_length, i32 base,
-               i32* position, i32* length) {
-    unsigned found = 0, wanted = k, hops = 0;
-    u32 u = at.state, n = at.length;
+  u32 collect(Stream& stream, Cursor at, unsigned k, u32 min_length, i32 base, i32* position,
+              i32* length) {
+    unsigned found = 0;
+    u32 looked = 0;
     seen_.clear();
-    while (u && n >= min_length && found < wanted) {
-      if (++hops == kLongWalk) {
-        unsigned successors = 0;
-        stream.tree.for_each(stream.tree.find(0, token), [&](u32, u32) { ++successors; });
-        wanted = std::min(k, successors);
-        if (found == wanted) break;
-      }
+    for (u32 u = at.state, n = at.length; u && n >= min_length;
+         u = stream.wider(u), n = stream.tree.len(u)) {
       round_.clear();
       stream.tree.for_each(u, [&](u32 symbol, u32 target) {
+        ++looked;
         for (u32 s : seen_)
           if (s == symbol) return;
         round_.push_back({stream.latest(target), symbol});
@@ -44,17 +41,16 @@ class Candidates {
         length[found] = static_cast<i32>(n);
         seen_.push_back(round_[r].symbol);
       }
-      u = stream.tree.link(u);
-      n = stream.tree.len(u);
+      if (found == k) break;
     }
     for (; found < k; ++found) {
       position[found] = kNull;
       length[found] = 0;
     }
+    return looked;
   }
 
  private:
-  static constexpr unsigned kLongWalk = 8;  // counting may cost as much as the alphabet
   struct Next {
     i32 end;
     u32 symbol;

@@ -47,6 +47,7 @@ class LinkCut {
     splay(u);
     detach_lower(u);
     for (u32 w = u, p; (p = nodes_[w].parent) != 0; w = p) {
+      ++steps_;
       splay(p);
       detach_lower(p);
       set(p, &Node::right, w);
@@ -59,6 +60,24 @@ class LinkCut {
     splay(u);
     return nodes_[u].value;
   }
+
+  /// The lowest state above `u` on its solid path that is `wide`, or 0. What is above a wide state
+  /// must be wide as well. The states just marked form one solid path.
+  template <class F>
+  u32 lowest_above(u32 u, F&& wide) {
+    splay(u);
+    u32 best = 0, last = u;
+    for (u32 w = nodes_[u].left; w; ++steps_) {
+      last = w;
+      if (wide(w)) best = w;
+      w = best == w ? nodes_[w].right : nodes_[w].left;
+    }
+    splay(last);
+    return best;
+  }
+
+  /// Rotations, changes of paths and steps of searches so far.
+  u64 steps() const { return steps_; }
 
   void undo(const Journal::Entry& e) {
     Node& n = nodes_.mut(e.index);
@@ -101,6 +120,7 @@ class LinkCut {
     }
   }
   void rotate(u32 x) {
+    ++steps_;
     const u32 y = nodes_[x].parent, z = nodes_[y].parent;
     if (is_top(y)) {
       set(x, &Node::value, nodes_[y].value);
@@ -136,6 +156,7 @@ class LinkCut {
 
   typename Storage::template Array<Node> nodes_;
   Journal* journal_ = nullptr;
+  u64 steps_ = 0;
 };
 
 }  // namespace rosakit

@@ -26,6 +26,10 @@ struct NoForest {
   void clear() {}
 };
 
+/// Past the change to a link-cut tree, states of strings up to this long may still be walked: where
+/// streams branch, near the root, a walk of a few states is cheaper than changing paths.
+inline constexpr u32 kMostShallow = 16;
+
 /// Link steps that walking chains may take up to stream position i.
 struct Budget {
   u64 per_symbol = 24, base = 2048;
@@ -41,16 +45,18 @@ struct Stream {
   Tree tree;
   Forest forest;  // in use if `linked`
   Cursor at;
-  u64 chain_steps = 0;
+  u64 chain_steps = 0, wider_steps = 0;
   bool linked = false;
   Budget budget;  // streaming only: past it, `forest` takes over
+  u32 brink = 0;  // if `linked`: states of strings up to this long are walked
+  Cursor low;     // if `linked`: the longest suffix of the keys of at most `brink` symbols
 
   explicit Stream(unsigned bits = 8) { tree.reset(bits); }
   void reset(unsigned bits) {
     tree.reset(bits);
     forest.clear();
     at = {};
-    chain_steps = 0;
+    chain_steps = wider_steps = 0;
     linked = false;
   }
 
@@ -74,12 +80,15 @@ struct Stream {
     if constexpr (kMayLink) {
       if (linked) {
         // The forest numbers nodes like the tree: the new state comes before the clone.
-        forest.add(a.clone ? 0 : tree.link(a.state), position);
-        if (a.clone) {
+        forest.add(a.clone ? 0 : deep_link(a.state), position);
+        if (a.clone && shallow(a.clone)) {
+          forest.add(0, position);  // only its number is needed
+        } else if (a.clone) {
           forest.add_above(a.split);
           forest.hang(a.state, a.clone);
         }
         forest.mark(a.state, position);
+        mark_shallow(key, a, position);
         return a.state;
       }
     }
@@ -91,14 +100,37 @@ struct Stream {
   /// Changes over to the link-cut tree.
   void link_up() requires kMayLink {
     forest.clear();
-    for (u32 u = 0; u < tree.size(); ++u) forest.add(u ? tree.link(u) : 0, tree.end(u));
+    brink = 0;
+    for (u32 u = 1; u < tree.size(); ++u)
+      if (const u32 n = tree.len(u); n > brink && n <= kMostShallow && tree.degree(u) > 1) brink = n;
+    for (u32 u = 0; u < tree.size(); ++u) forest.add(deep_link(u), tree.end(u));
     linked = true;
+    const u32 n = tree.length();
+    low = {brink ? tree.last() : 0, n < brink ? n : brink};
+    while (low.state && tree.len(tree.link(low.state)) >= brink) low.state = tree.link(low.state);
+    if (n) forest.mark(tree.last(), static_cast<i32>(n) - 1);  // one solid path, as after a step
   }
 
   i32 latest(u32 u) {
     if constexpr (kMayLink)
-      if (linked) return forest.latest(u);
+      if (linked && !shallow(u)) return forest.latest(u);
     return tree.end(u);
+  }
+
+  /// The nearest ancestor of `u` that more symbols follow than `u` (what follows a state follows its
+  /// ancestors), or 0. `u` is an ancestor of the newest state, so walking costs no more than
+  /// propagating did, and past the change its deep ancestors lie on one solid path.
+  u32 wider(u32 u) {
+    const auto wide = [this, had = tree.degree(u)](u32 w) { return tree.degree(w) > had; };
+    u32 v = tree.link(u);
+    if constexpr (kMayLink) {
+      if (linked && !shallow(u)) {
+        if (const u32 w = forest.lowest_above(u, wide)) return w;
+        v = shallow(low.state) ? low.state : tree.link(low.state);
+      }
+    }
+    for (; v && !wide(v); v = tree.link(v)) ++wider_steps;
+    return v;
   }
 
   /// Follows clones made behind the cursor's back, by appending to `tree` directly.
@@ -127,8 +159,17 @@ struct Stream {
   Hit hit() { return at.length ? Hit{latest(at.state), at.length} : Hit{}; }
 
   /// For each bit m < bits: the match of the query whose next symbol is s with bit m flipped.
-  /// Returns the link steps taken.
-  u32 flips(u32 s, unsigned bits, u32 cap, Hit* out) const {
+  /// Without `lengths`, a match's length need only be right in being 0 or not. Returns the link
+  /// steps taken.
+  u32 flips(u32 s, unsigned bits, u32 cap, Hit* out, bool lengths = true) const {
+    if constexpr (requires(u32* targets) { tree.nearest(0u, 0u, 0u, targets); }) {
+      if (!lengths) {
+        u32 targets[Tree::kMaxBits];
+        const u32 taken = tree.nearest(at.state, s, bits, targets);
+        for (unsigned m = 0; m < bits; ++m) out[m] = {tree.end(targets[m]), targets[m] != 0};
+        return taken;
+      }
+    }
     u32 pending = 0, steps = 0;
     for (unsigned m = 0; m < bits; ++m) {
       out[m] = {};
@@ -153,6 +194,23 @@ struct Stream {
       u = tree.link(u);
       length = tree.len(u);
     }
+  }
+
+ private:
+  bool shallow(u32 u) const { return tree.len(u) <= brink; }
+  u32 deep_link(u32 u) const { return shallow(tree.link(u)) ? 0 : tree.link(u); }
+
+  /// Makes `position` the latest end of the shallow states that the newest key ends.
+  void mark_shallow(u32 key, const Appended& a, i32 position) {
+    if (!brink) return;
+    if (a.clone && a.split == low.state && low.length <= tree.len(a.clone)) low.state = a.clone;
+    low.state = tree.find(low.state, key);
+    if (++low.length > brink) {
+      low.length = brink;
+      if (tree.len(tree.link(low.state)) >= brink) low.state = tree.link(low.state);
+    }
+    for (u32 v = low.state; v; v = tree.link(v))
+      if (shallow(v)) tree.set_end(v, position);
   }
 };
 

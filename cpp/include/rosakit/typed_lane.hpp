@@ -58,9 +58,17 @@ class TypedLane final : public Lane {
                        i32* length) override {
     feed(token, token, undoable);
     static thread_local Candidates scratch;
-    scratch.collect(stream(), stream().at, token, candidates, rule_.min_length,
-                    static_cast<i32>(start_), position, length);
+    work_ += scratch.collect(stream(), stream().at, candidates, rule_.min_length,
+                             static_cast<i32>(start_), position, length);
     return true;
+  }
+
+  /// Steps taken so far whose number the input decides, for tests of their bounds: link steps,
+  /// rotations, keys compared, successors looked at.
+  u64 work() const {
+    u64 total = work_ + stream().chain_steps + stream().wider_steps + stream().forest.steps();
+    if constexpr (kRun) total += engine_.walked;
+    return total;
   }
 
   bool undo_to(u32 length) override {
@@ -153,6 +161,8 @@ class TypedLane final : public Lane {
     Journal::Mark& mark = stream().tree.begin_step(kUndoDepth);
     mark.scalars[2] = stream().at.state;
     mark.scalars[3] = stream().at.length;
+    mark.scalars[9] = stream().low.state;
+    mark.scalars[10] = stream().low.length;
     if constexpr (kRun) {
       mark.scalars[4] = engine_.positions;
       mark.scalars[5] = static_cast<u32>(engine_.newest);
@@ -173,6 +183,7 @@ class TypedLane final : public Lane {
     stream().tree.undo_mark(mark);
     if (stream().linked) stream().forest.resize(mark.states);
     stream().at = {mark.scalars[2], mark.scalars[3]};
+    stream().low = {mark.scalars[9], mark.scalars[10]};
     if constexpr (kRun) {
       engine_.positions = mark.scalars[4];
       engine_.newest = static_cast<i32>(mark.scalars[5]);
@@ -180,7 +191,7 @@ class TypedLane final : public Lane {
       engine_.query_run.resize(mark.scalars[7]);
       engine_.key_run.resize(mark.scalars[8]);
       engine_.key_start.resize(mark.scalars[8]);
-      engine_.growth.reset();  // it may speak of runs that are gone
+      engine_.growth.cut(mark.scalars[7], mark.scalars[8]);
     } else {
       before_ = {static_cast<i32>(mark.scalars[4]), mark.scalars[5]};
     }
@@ -190,6 +201,7 @@ class TypedLane final : public Lane {
   bool self_ = true;
   u32 start_ = 0;
   Hit before_;  // token granularity: the last match
+  u64 work_ = 0;
   Engine engine_;
   PagedArray<Symbol> keys_, queries_;
   Journal journal_;
