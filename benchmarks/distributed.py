@@ -5,8 +5,9 @@
 
 The model has the shape of Qwen3-1.7B and random float32 weights made on the GPU, and computes in
 bfloat16: window 2048, default adapters and the token route, everything trained by AdamW, one row of
-8192 tokens a GPU and step, gradient checkpointing. First rank 0 trains alone, then 2, 4, … of the processes together,
-replicated and sharded by decoder layer as accelerate does it, while the others wait.
+8192 tokens a GPU and step, gradient checkpointing. First rank 0 trains alone, then 2, 4, … of the
+processes together, replicated and sharded by decoder layer as accelerate does it, while the others
+wait.
 
 Checks come first: in two steps all processes train on the row of the single GPU, so that their mean
 gradient is its gradient and their losses must be its losses. A mode for which they are not reports
