@@ -47,7 +47,7 @@ def test_a_session_goes_on(result, capsys, tmp_path):
         assert call("generate", result, "--prompt", prompt, *options) == 0
         shown = capsys.readouterr()
         count, said = shown.err.split(" ", 1)
-        assert said.startswith("tokens: keys and values")
+        assert said.startswith("tokens: on the model's device")
         read.append(int(count))
     assert read == [5 + 7, 5 + 8 + 2 + 7]  # a turn's last token is read in the next one
     assert call("generate", result, "--prompt", "w7", "--chat", "--session", session, *GREEDY) == 2
@@ -82,7 +82,7 @@ def test_flags_reach_generation(result, capsys):
 
 def test_info_plans_the_memory_of_a_result(result, capsys):
     assert call("info", result, "--context", "100000") == 0
-    assert "100000 tokens: keys and values" in capsys.readouterr().out
+    assert "100000 tokens: on the model's device" in capsys.readouterr().out
     assert call("info", result, "--context", "100000", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["device"] < 0.01 * plan["plain"]
