@@ -21,7 +21,7 @@ import numpy as np
 from rosakit.demo.texts import standard_library
 from rosakit.tuning.data import Document
 
-__all__ = ["load", "prepare"]
+__all__ = ["familiar", "load", "prepare"]
 
 PACKAGES = ("torch", "transformers")
 
@@ -58,8 +58,34 @@ def prepare(
     for kind, documents in kinds.items():
         train, held, used = _split(documents, tokenizer, kind, length, block, tokens, heldout)
         np.savez(folder / f"{kind}.npz", train=np.stack(train), heldout=np.stack(held))
-        names[kind] = {"heldout": used, "train_tokens": len(train) * block}
+        names[kind] = {
+            "heldout": used,
+            "train_tokens": len(train) * block,
+            "familiar": familiar(np.stack(train), np.stack(held)),
+        }
     (folder / "names.json").write_text(json.dumps(names, indent=1))
+
+
+def familiar(train: Any, heldout: Any, width: int = 16) -> list[float]:
+    """How much of each held-out text was seen in training, in other files.
+
+    Args:
+        train: training blocks ``[n, block]``.
+        heldout: held-out texts ``[m, length]``.
+        width: tokens of a run.
+
+    Returns:
+        Of each text, the share of its runs of `width` tokens that occur in a training block.
+    """
+    weights = np.random.default_rng(0).integers(0, 2**63, width, dtype=np.uint64) * 2 + 1
+
+    def codes(rows: Any) -> Any:
+        # Sums modulo 2**64: different runs agree by a chance that no text is long enough for.
+        room = rows.shape[1] - width + 1
+        return sum(rows[:, k : k + room].astype(np.uint64) * weights[k] for k in range(width))
+
+    known = np.unique(codes(train))
+    return [round(float(np.isin(row, known).mean()), 3) for row in codes(heldout)]
 
 
 def load(folder: Path) -> dict[str, tuple[Any, Any]]:

@@ -23,11 +23,18 @@ COLOURS = {
     "route": "#9467bd",
     "recall": "#8fce8f",
     "recall-untrained": "#c5b35a",
+    "rosa+hide50+repeat": "#d62728",
     "rosa": "#2ca02c",
 }
-"""Arms that the curves show."""
+"""Arms that the curves and the bars of recall show."""
 
-TASKS = (("niah", "needle"), ("niah_paraphrase", "needle,\nother words"), ("mqar", "MQAR"))
+TASKS = (
+    ("niah", "needle"),
+    ("niah_paraphrase", "needle,\nother words"),
+    ("niah_multi", "needle among\nothers"),
+    ("niah_confusable", "confusable\nneedles"),
+    ("mqar_lines", "MQAR,\nlines"),
+)
 
 
 def draw(summary: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -38,8 +45,11 @@ def draw(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     for window, found in summary["windows"].items():
         arms = found["arms"]
         kinds = list(next(iter(arms.values()))["perplexity"])
-        figure = Figure(figsize=(5 * (len(kinds) + 2), 5.2), layout="constrained")
-        axes = figure.subplots(1, len(kinds) + 2)
+        figure = Figure(figsize=(6 * max(len(kinds), 2), 11), layout="constrained")
+        grid = figure.add_gridspec(2, 2 * len(kinds))
+        axes = [figure.add_subplot(grid[0, 2 * i : 2 * i + 2]) for i in range(len(kinds))]
+        axes += [figure.add_subplot(grid[1, : len(kinds)])]
+        axes += [figure.add_subplot(grid[1, len(kinds) :])]
         for axis, kind in zip(axes, kinds, strict=False):
             _curves(axis, arms, kind)
         _shares(axes[-2], arms, kinds)
@@ -70,7 +80,8 @@ def _curves(axis: Any, arms: Mapping[str, Any], kind: str) -> None:
 
 def _shares(axis: Any, arms: Mapping[str, Any], kinds: list[str]) -> None:
     names = [n for n, a in arms.items() if a["gap_closed"] and a["trained_parameters"]]
-    names = [n for n in names if n not in ("control", "full+trained")]
+    # The two that are 0 and 100 by definition, whatever their budget.
+    names = [n for n in names if n.partition("@")[0] not in ("control", "full+trained")]
     for offset, kind in enumerate(kinds):
         found = [arms[n]["gap_closed"].get(kind) for n in names]
         place = [i + 0.4 * offset - 0.2 for i in range(len(names))]
@@ -88,7 +99,8 @@ def _shares(axis: Any, arms: Mapping[str, Any], kinds: list[str]) -> None:
 
 
 def _recall(axis: Any, arms: Mapping[str, Any]) -> None:
-    names = [n for n in COLOURS if n in arms]
+    # What recalls nothing at all would only take room.
+    names = [n for n in COLOURS if n in arms and _any(arms[n]["recall_beyond_window"])]
     tasks = [t for t in TASKS if any(t[0] in arms[n]["recall_beyond_window"] for n in names)]
     width = 0.8 / max(1, len(names))
     for index, name in enumerate(names):
@@ -99,9 +111,16 @@ def _recall(axis: Any, arms: Mapping[str, Any]) -> None:
             yerr=[100 * (f["sd"] or 0) if f else 0 for f in found], color=COLOURS[name],
         )  # fmt: skip
     axis.set_xticks(range(len(tasks)), [label for _, label in tasks], fontsize=8)
-    axis.set_ylim(0, 108)
-    axis.set_title("recalled beyond the window, %", fontsize=9)
+    axis.set_ylim(0, 128)
+    axis.set_yticks(range(0, 101, 20))
+    axis.set_title("recalled beyond the window, % (arms not shown: 0)", fontsize=9)
+    if names:
+        axis.legend(frameon=False, fontsize=7, ncols=3, loc="upper center")
     axis.grid(alpha=0.25, axis="y")
+
+
+def _any(recalled: Mapping[str, Any]) -> bool:
+    return any(recalled[task]["mean"] > 0 for task, _ in TASKS if task in recalled)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,18 @@ def test_texts_are_split_by_file(tmp_path, monkeypatch):
         assert not known & {row.tobytes() for row in heldout}
     names = json.loads((tmp_path / "names.json").read_text())
     assert set(names) == {"code", "books"}
+    assert all(len(kind["familiar"]) == len(kind["heldout"]) for kind in names.values())
+
+
+def test_familiar_texts_are_told_from_new_ones():
+    generator = np.random.default_rng(3)
+    train = generator.integers(0, 50_000, (20, 64), dtype=np.int32)
+    held = generator.integers(0, 50_000, (3, 40), dtype=np.int32)
+    held[1] = train[5, 7:47]  # in whole
+    held[2, :20] = train[9, 30:50]  # five of its 25 runs
+    known = {tuple(row[i : i + 16]) for row in train for i in range(49)}
+    plain = [sum(tuple(t[i : i + 16]) in known for i in range(25)) / 25 for t in held]
+    assert corpus.familiar(train, held) == plain == [0.0, 1.0, 0.2]
 
 
 @pytest.mark.timeout(200)

@@ -16,6 +16,9 @@ from rosakit.report.plots import draw_curves, look_of, save_figure
 
 __all__ = ["compare_results", "load_named", "plot_comparison"]
 
+CROWD = 9
+"""Variants of a run whose names still fit beside its curves."""
+
 
 def load_named(paths: Sequence[str | os.PathLike[str]]) -> dict[str, EvaluationResult]:
     """Results by a name that tells them apart: the file's, or its folder's.
@@ -88,7 +91,12 @@ def plot_comparison(
         near = [n for n in result.variants if n != "window" or len(result.variants) < 3]
         draw_curves(axis, result, near)
         axis.set_title(name, fontsize=10)
-        axis.legend(frameon=False, fontsize=7)
+        if len(near) > CROWD:  # below: inside, it would hide the curves
+            axis.legend(
+                frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14)
+            )
+        else:
+            axis.legend(frameon=False, fontsize=7)
         if maps[name]:
             inner = outer[1, column].subgridspec((deepest + 1) // 2, 2)
             for place, (variant, grid) in enumerate(maps[name]):

@@ -23,6 +23,7 @@ _LOOKS: dict[str, dict[str, Any]] = {
 }
 _BASELINE = "window+sinks"
 _SPARE = ("#9467bd", "#8c564b", "#e377c2", "#17becf")
+_STROKES = ("-", "--", ":", "-.")
 
 
 def plot_perplexity_and_needles(
@@ -142,7 +143,9 @@ def _bars(axis: Any, result: EvaluationResult, names: Sequence[str]) -> None:
 
 def look_of(name: str, index: int) -> dict[str, Any]:
     """How a variant is drawn; one without a look of its own gets the spare one at `index`."""
-    return _LOOKS.get(name, {"color": _SPARE[index % len(_SPARE)], "marker": "."})
+    turn, colour = divmod(index, len(_SPARE))
+    spare = {"color": _SPARE[colour], "marker": ".", "linestyle": _STROKES[turn % len(_STROKES)]}
+    return _LOOKS.get(name, spare)
 
 
 def _describe(result: EvaluationResult) -> str:
