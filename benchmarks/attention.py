@@ -4,7 +4,8 @@
 
 Shape of Qwen3-1.7B's attention: 16 heads of 128, 8 key and value heads, bfloat16, one row, window
 2048 with 4 sinks. Each form is checked against the dense mask at 3000 tokens before it is timed;
-times are medians of CUDA events after a warm-up.
+times are medians of CUDA events after a warm-up. FlexAttention may fall back to an uncompiled form
+that writes all scores out: at each length, the memory of a call must show that it did not.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 import rosakit
 from rosakit.files import atomic_write
-from rosakit.tuning.attention_forms import Scores, block_mask, dense, flexible
+from rosakit.tuning.attention_forms import Scores, block_mask, dense, eager, flexible
 from rosakit.tuning.window import AttentionPlan, block_attention, positions, visible
 
 HEADS, GROUPS, WIDTH, WINDOW, SINKS, SEED = 16, 8, 128, 2048, 4, 20261122
@@ -57,6 +58,9 @@ def forms(length: int, device: str) -> dict[str, Callable[[Tensor, Tensor, Tenso
     return {
         "full attention": full,
         "blocks": lambda q, k, v: block_attention(q, k, v, blocks, attend),
+        "blocks, eager": lambda q, k, v: block_attention(
+            q, k, v, blocks, lambda *x: eager(*x, Scores())
+        ),
         "flex": lambda q, k, v: flexible(q, k, v, mask, Scores()),
     }
 
@@ -96,10 +100,35 @@ def median_ms(work: Callable[[], object], repeats: int = 7) -> float:
     return statistics.median(times)
 
 
-def measure(length: int) -> list[dict[str, Any]]:
+def compiled(q: Tensor, k: Tensor, v: Tensor, form: Callable[..., Tensor]) -> dict[str, Any]:
+    """Evidence that FlexAttention ran compiled: generated kernels, and no matrix of scores.
+
+    Raises:
+        RuntimeError: a call took as much memory as the scores of one head in four.
+    """
+    with torch.no_grad():
+        form(q, k, v)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            form(q, k, v)
+            torch.cuda.synchronize()
+    taken = torch.cuda.max_memory_allocated() - before
+    kernels = sorted({e.key for e in trace.key_averages() if e.key.startswith("triton")})
+    scores = HEADS // 4 * q.shape[2] ** 2 * q.element_size()
+    if taken >= scores:
+        raise RuntimeError(
+            f"FlexAttention took {taken} bytes at {q.shape[2]} tokens, expected less than "
+            f"{scores}: it ran uncompiled (generated kernels seen: {kernels}); see what "
+            "TORCH_LOGS=recompiles says"
+        )
+    return {"flex_call_bytes": taken, "flex_kernels": kernels}
+
+
+def measure(length: int, keep: Callable[[dict[str, Any]], None]) -> None:
     """Forward, and forward with backward, of every form."""
     q, k, v = states(length, "cuda", torch.bfloat16)
-    rows = []
     for name, form in forms(length, "cuda").items():
 
         def forward(form: Callable[..., Tensor] = form) -> None:
@@ -114,9 +143,11 @@ def measure(length: int) -> list[dict[str, Any]]:
         before = torch.cuda.memory_allocated()
         row["forward_backward_ms"] = median_ms(both)
         row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+        if name == "flex":
+            row |= compiled(q, k, v, form)
         print(json.dumps(row), flush=True)
-        rows.append(row)
-    return rows
+        keep(row)
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -127,7 +158,7 @@ def main() -> None:
     args = parser.parse_args()
     result: dict[str, Any] = {
         "what": "one layer of windowed attention, forms compared",
-        "command": "python benchmarks/attention.py",
+        "command": " ".join(["python benchmarks/attention.py --lengths", *map(str, args.lengths)]),
         "date": dt.date.today().isoformat(),
         "seed": SEED,
         "hardware": torch.cuda.get_device_name(),
@@ -138,10 +169,16 @@ def main() -> None:
         },
         "shape": {"heads": HEADS, "kv_heads": GROUPS, "head_dim": WIDTH, "window": WINDOW},
         "largest_relative_difference": check("cuda"),
-        "rows": [row for length in args.lengths for row in measure(length)],
+        "rows": [],
     }
-    if args.out is not None:
-        atomic_write(args.out, json.dumps(result, indent=1) + "\n")
+
+    def keep(row: dict[str, Any]) -> None:
+        result["rows"].append(row)
+        if args.out is not None:
+            atomic_write(args.out, json.dumps(result, indent=1) + "\n")
+
+    for length in args.lengths:
+        measure(length, keep)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Decode latency and cache memory: full attention, a bare window, the window with rosakit.
 
-    python benchmarks/decode.py --out docs/results/decode.json            # one GPU, a few minutes
-    python benchmarks/decode.py --tiny                                    # any machine, seconds
+    python benchmarks/decode.py --seconds 130 --out docs/results/decode.json    # one GPU
+    python benchmarks/decode.py --tiny                                          # any machine
 
 The model has the shape of Qwen3-1.7B with random weights in bfloat16; it decodes one row, eager,
 as `generate` does. Latency is the median over single steps, each waited for, after a context that
-chunked prefill has read; variants take turns and the better of two rounds counts. A check comes
+chunked prefill has read; variants take turns, and the median of the rounds counts. A check comes
 first: on a small float32 model, steps through the cache must give the logits of the whole
 sequence. Memory is what the allocator holds for the cache, beside what
 `rosakit.tuning.memory.cache_memory` says.
@@ -19,9 +19,12 @@ import gc
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ import rosakit
 from rosakit import native
 from rosakit.files import atomic_write
 from rosakit.tuning import RosaConfig, attach, detach, rosa_parameters
-from rosakit.tuning.memory import cache_memory
+from rosakit.tuning.memory import cache_memory, plan_memory
 
 SEED, WINDOW = 20261122, 2048
 SHAPE = {
@@ -56,20 +59,52 @@ SMALL = {
     "head_dim": 16,
     "max_position_embeddings": 8192,
 }
+SEVEN = (0, 4, 8, 12, 16, 20, 24)
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "full attention": None,
     "window": {"adapters": False},
     "window + token route": {"adapters": False, "token_route": True},
-    "window + 56 routes, 7 layers": {"routes": 56, "layers": (0, 4, 8, 12, 16, 20, 24)},
-    "window + 56 routes": {"routes": 56},
-    "window + 56 routes at token matches": {"routes": 56, "address": "token"},
-    "window + 512 routes": {"routes": 512},
+    "window + 56 routes, 7 layers, GPU": {"routes": 56, "layers": SEVEN, "backend": "cuda"},
+    "window + 56 routes, 7 layers, host": {"routes": 56, "layers": SEVEN, "backend": "cpu"},
+    "window + 56 routes, GPU": {"routes": 56, "backend": "cuda"},
+    "window + 56 routes, host": {"routes": 56, "backend": "cpu"},
+    "window + 512 routes, 7 layers, GPU": {"routes": 512, "layers": SEVEN, "backend": "cuda"},
+    "window + 512 routes, auto": {"routes": 512, "backend": "auto"},
+    "window + 512 routes, host": {"routes": 512, "backend": "cpu"},
 }
-SLOW = "window + 512 routes"
+"""The default configuration has 512 routes in every layer of this shape, and leaves the choice to
+"auto", which keeps them on the GPU at 32k."""
+
+TWINS = {
+    "window + 56 routes, 7 layers, host": "window + 56 routes, 7 layers, GPU",
+    "window + 56 routes, host": "window + 56 routes, GPU",
+    "window + 512 routes, host": "window + 512 routes, auto",
+}
+"""Variants that differ in where their states lie only."""
+
+SLOW = "window + 512 routes, host"
 """Read in 18 s, 15 GB of suffix state at 32k: left out unless asked for."""
 
-LONG = ("window", "window + token route", "window + 56 routes, 7 layers")
-"""Variants whose memory is measured at the longest context."""
+SHORT = (
+    "full attention",
+    "window",
+    "window + token route",
+    "window + 56 routes, 7 layers, GPU",
+    "window + 56 routes, GPU",
+    "window + 512 routes, auto",
+    "window + 56 routes, 7 layers, host",
+    "window + 56 routes, host",
+)
+"""Variants at 32k."""
+
+LONG = (
+    "window",
+    "window + 56 routes, GPU",
+    "window + 512 routes, 7 layers, GPU",
+    "window + 56 routes, 7 layers, GPU",
+    "window + token route",
+)
+"""Variants at the longest context, in the order in which time is spent on them."""
 
 
 def build(shape: dict[str, int], device: str, dtype: torch.dtype) -> Any:
@@ -84,11 +119,13 @@ def build(shape: dict[str, int], device: str, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
 
 
-def options_of(name: str, window: int, layers: int) -> dict[str, Any]:
+def options_of(name: str, window: int, layers: int, on_gpu: bool) -> dict[str, Any]:
     """`RosaConfig` options of a variant, for a model with so many layers."""
     found = dict(VARIANTS[name] or {})
     if "layers" in found:
         found["layers"] = tuple(i for i in found["layers"] if i < layers)
+    if not on_gpu:
+        found.pop("backend", None)
     return {"window": window, "sink_tokens": 4, "adapter_dtype": "auto", **found}
 
 
@@ -96,7 +133,9 @@ def put_on(model: Any, name: str, window: int) -> None:
     """Attach a variant, its parameters away from their silent start."""
     if VARIANTS[name] is None:
         return
-    attach(model, RosaConfig(**options_of(name, window, model.config.num_hidden_layers)))
+    on_gpu = model.device.type == "cuda"
+    options = options_of(name, window, model.config.num_hidden_layers, on_gpu)
+    attach(model, RosaConfig(**options))
     torch.manual_seed(SEED)
     with torch.no_grad():
         for parameter in rosa_parameters(model).values():
@@ -135,17 +174,22 @@ def check(device: str) -> dict[str, float]:
     """Largest difference between steps through the cache and the whole sequence, small model."""
     found = {}
     ids = text(160, SMALL["vocab_size"]).to(device)
+    stepped: dict[str, torch.Tensor] = {}
     for name in VARIANTS:
         model = build(SMALL, device, torch.float32)
         put_on(model, name, 32)
         whole = model(ids, use_cache=False).logits
         cache, parts = None, []
-        for part in ids.split([60, 7] + [1] * 93, dim=1):
+        for part in ids.split([60, 67] + [1] * 33, dim=1):
             out = model(part, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             parts.append(out.logits)
-        found[name] = float((torch.cat(parts, 1) - whole).abs().max())
+        stepped[name] = torch.cat(parts, 1)
+        found[name] = float((stepped[name] - whole).abs().max())
         assert found[name] < 1e-3, f"{name}: the cache changes logits by {found[name]}"
+        twin = TWINS.get(name, name)
+        apart = float((stepped[name] - stepped[twin]).abs().max())
+        assert apart < 1e-3, f"{name}: states on the host change logits by {apart}"
     return found
 
 
@@ -174,14 +218,30 @@ def _allocated(device: torch.device) -> int:
 
 
 def measure(
-    model: Any, names: list[str], context: int, window: int, chunk: int, count: int, rounds: int
+    model: Any,
+    names: list[str],
+    context: int,
+    window: int,
+    chunk: int,
+    count: int,
+    rounds: int,
+    until: float,
+    keep: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
-    """Latency and memory of each variant after `context` tokens."""
+    """Latency and memory of each variant after `context` tokens.
+
+    Args:
+        until: no new variant or round begins after this `time.monotonic()`.
+        keep: gets the rows each time that there is more to tell.
+    """
     vocabulary = model.config.vocab_size
     ids = text(context, vocabulary).to(model.device)
     caches: dict[str, Any] = {}
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
+        if time.monotonic() > until:
+            print(f"out of time before {name}", flush=True)
+            break
         put_on(model, name, window)
         before = _allocated(model.device)
         begin = time.perf_counter()
@@ -197,19 +257,28 @@ def measure(
         if VARIANTS[name] is not None:
             parts = cache_memory(caches[name])
             rows[name]["cache_parts"] = parts.to_dict()
+            options = options_of(
+                name, window, model.config.num_hidden_layers, model.device.type == "cuda"
+            )
+            planned = plan_memory(model.config, RosaConfig(**options), context, dtype=model.dtype)
+            rows[name]["planned_parts"] = planned.to_dict()
             rows[name]["cache_device_bytes_over_plain"] = round(parts.device / parts.plain, 4)
         take_off(model, name)
         print(json.dumps(rows[name]), flush=True)
-    timed: dict[str, list[float]] = {name: [] for name in names}
+        keep(list(rows.values()))
+    timed: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(rounds):
-        for name in names:
+        for name in rows:
+            if time.monotonic() > until:
+                break
             put_on(model, name, window)
             found = steps(model, caches[name], count, vocabulary)[count // 4 :]
             timed[name].append(statistics.median(found))
             take_off(model, name)
             print(name, context, f"{timed[name][-1]:.2f} ms", flush=True)
-            rows[name]["step_ms"] = min(timed[name])
+            rows[name]["step_ms"] = statistics.median(timed[name])
             rows[name]["step_ms_rounds"] = timed[name]
+            keep(list(rows.values()))
     return list(rows.values())
 
 
@@ -235,6 +304,12 @@ def commit() -> str:
     return found.stdout.strip()
 
 
+def command(flags: list[str]) -> str:
+    """The command with its flags, but for where its result went."""
+    kept = [f for f, before in zip(flags, ["", *flags], strict=False) if "--out" not in (f, before)]
+    return shlex.join(["python", "benchmarks/decode.py", *kept])
+
+
 def main() -> None:
     """Run the benchmark and write its result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -242,13 +317,16 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small model and short contexts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=40, help="steps timed in a round")
+    parser.add_argument("--rounds", type=int, default=3, help="turns that variants take")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after")
     parser.add_argument("--all", action="store_true", help=f"with {SLOW}, too")
     args = parser.parse_args()
+    until = time.monotonic() + args.seconds
     on_gpu = args.device.startswith("cuda")
     shape = SMALL if args.tiny else SHAPE
     result: dict[str, Any] = {
         "what": "decode latency and cache memory, Qwen3-1.7B shape with random weights",
-        "command": "python benchmarks/decode.py" + (" --tiny" if args.tiny else ""),
+        "command": command(sys.argv[1:]),
         "date": dt.date.today().isoformat(),
         "commit": commit(),
         "seed": SEED,
@@ -268,20 +346,28 @@ def main() -> None:
     }
     print(json.dumps(result["largest_difference_from_the_whole_sequence"]), flush=True)
     model = build(shape, args.device, torch.float32 if args.tiny else torch.bfloat16)
-    chosen = [name for name in VARIANTS if args.all or name != SLOW]
-    plan = (
-        [(chosen, 300, 100, 2), (list(LONG), 600, 100, 0)]
-        if args.tiny
-        else [(chosen, 32768, 4096, 2), (list(LONG), 131072, 8192, 0)]
-    )
-    for names, context, chunk, rounds in plan:
-        found = measure(model, names, context, result["window"], chunk, args.steps, rounds)
-        result["rows"] += found
+    chosen = [*SHORT, SLOW] if args.all else list(SHORT)
+    contexts, chunks = ((300, 600), (100, 100)) if args.tiny else ((32768, 131072), (4096, 8192))
+    # A share of the time for the long context, whatever the short one takes.
+    limits = (until - 0.45 * min(args.seconds, 1e6), until)
+    done: list[dict[str, Any]] = []
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        result["rows"] = [*done, *rows]
         compare(result["rows"])
         if args.out is not None:  # also what was measured before a machine is taken away
             atomic_write(args.out, json.dumps(result, indent=1) + "\n")
-        del found
+
+    for names, context, chunk, limit in zip(
+        (chosen, list(LONG)), contexts, chunks, limits, strict=True
+    ):
+        done += measure(
+            *(model, names, context, result["window"], chunk, args.steps, args.rounds),
+            until=limit,
+            keep=keep,
+        )
         gc.collect()
+    keep([])
 
 
 if __name__ == "__main__":

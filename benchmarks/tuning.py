@@ -41,6 +41,7 @@ WARM = 1
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "window": {"adapters": False},
     "window + rosa": {},
+    "window + rosa, a quarter of the positions credited": {"counterfactual_stride": 4},
     "window + rosa + token route": {"token_route": True},
     "window + rosa, whole projections": {"projection_rank": None},
     "full attention": None,
@@ -232,7 +233,7 @@ def main() -> None:
 
     for row in with_ratios(section["rows"]):
         print(
-            f"{row['trains']:10} {row['variant']:34} {row['step_ms']:9.1f} ms  "
+            f"{row['trains']:10} {row['variant']:50} {row['step_ms']:9.1f} ms  "
             f"{row['time_vs_window']:.3f}x  {(row['peak_bytes'] or 0) / 2**30:6.2f} GiB  "
             f"{row.get('memory_vs_window', 0):.3f}x"
         )

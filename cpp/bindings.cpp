@@ -34,7 +34,7 @@ void expect(bool ok, const char* what) {
 template <class T>
 void match_arrays(In<T, 3> q, In<T, 3> k, MaybeIn<i32, 2> starts, Out<i32, 3> position,
                   Out<i32, 3> length, std::optional<Out<i32, 4>> flipped, bool run, bool strict,
-                  u32 max_length, u32 min_length) {
+                  u32 max_length, u32 min_length, MaybeIn<u8, 2> flip_at) {
   MatchCall<T> call;
   call.shape = {q.shape(0), q.shape(1), q.shape(2)};
   const auto same = [&](const auto& a) {
@@ -44,9 +44,12 @@ void match_arrays(In<T, 3> q, In<T, 3> k, MaybeIn<i32, 2> starts, Out<i32, 3> po
          "q, k and the results must have one shape [B, R, T]");
   expect(!starts || (starts->shape(0) == q.shape(0) && starts->shape(1) == q.shape(2)),
          "segment_starts must have shape [B, T]");
+  expect(!flip_at || (flip_at->shape(0) == q.shape(0) && flip_at->shape(1) == q.shape(2)),
+         "flip_at must have shape [B, T]");
   call.q = q.data();
   call.k = k.data();
   call.segment_starts = starts ? starts->data() : nullptr;
+  call.flip_at = flip_at ? flip_at->data() : nullptr;
   call.position = position.data();
   call.length = length.data();
   call.flipped = flipped ? flipped->data() : nullptr;
@@ -62,6 +65,7 @@ void def_match(nb::module_& m) {
         nb::arg("segment_starts").noconvert().none(), nb::arg("position").noconvert(),
         nb::arg("length").noconvert(), nb::arg("flipped").noconvert().none(), nb::arg("run"),
         nb::arg("strict"), nb::arg("max_length"), nb::arg("min_length"),
+        nb::arg("flip_at").noconvert().none() = nb::none(),
         nb::call_guard<nb::gil_scoped_release>());
 }
 

@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--cut", type=int, default=CUT, help="lowest layer that is trained in")
     parser.add_argument("--layers", type=int, nargs="+", default=list(LAYERS))
     parser.add_argument("--workers", type=int, default=4, help="processes")
+    parser.add_argument("--cards", nargs="*", default=[], help="GPUs that the processes share")
     parser.add_argument("--seconds", type=float, default=1e9, help="no run begins that ends later")
     parser.add_argument("--packages", nargs="*", default=["torch", "transformers"])
     parser.add_argument("--cache", type=Path, help="folder for blocks, model and hidden states")
@@ -78,7 +79,10 @@ def conduct(options: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "benchmarks.addresses", *sys.argv[1:]]
     command += ["--began", str(options.began), "--part"]
     # They import what they need while the model is prepared.
-    running = [subprocess.Popen([*command, part]) for part in parts]
+    running = [
+        subprocess.Popen([*command, part], env=environment(options.cards, number))
+        for number, part in enumerate(parts)
+    ]
     try:
         prepare(options)
     except BaseException:
@@ -89,6 +93,13 @@ def conduct(options: argparse.Namespace) -> None:
     print(f"prepared in {time.time() - options.began:.0f} s", flush=True)
     codes = {part: process.wait() for part, process in zip(parts, running, strict=True)}
     print(f"exit codes {codes} after {time.time() - options.began:.0f} s", flush=True)
+
+
+def environment(cards: list[str], number: int) -> dict[str, str]:
+    """This process's environment with the card of the process of that number."""
+    if not cards:
+        return dict(os.environ)
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": cards[number % len(cards)]}
 
 
 def runs_of(options: argparse.Namespace) -> list[tuple[str, int]]:
@@ -205,6 +216,8 @@ def work(options: argparse.Namespace, worker: int) -> None:
         if time.time() - options.began + longest > options.seconds:
             print(f"worker {worker}: no time for {name} {seed}", flush=True)
             break
+        if (options.output / f"{name}-{seed}.json").exists():
+            continue  # of an earlier call that went on here
         try:
             (options.cache / f"{name}-{seed}.claim").touch(exist_ok=False)
         except FileExistsError:

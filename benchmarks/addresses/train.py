@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.addresses.misread import misread
 from benchmarks.addresses.variants import VARIANTS, rosa_fields
 from rosakit.files import atomic_write
 from rosakit.tuning import RosaConfig, adapters_of, attach, record_matches
@@ -68,6 +69,10 @@ def train_variant(
     device = next(model.parameters()).device
     head = Head(model.get_output_embeddings().weight, None)
     attach(model, rosa)
+    reads = VARIANTS[name].reads
+    if reads != "match":
+        for adapter in adapters_of(model).values():
+            misread(adapter, reads)
     set_trainable(model)
     teacher = None
     if config.address_loss != "none":
@@ -81,6 +86,7 @@ def train_variant(
         "plan": plan._asdict(),
         "rosa": fields,
         "tune": dict(VARIANTS[name].tune),
+        "reads": reads,
         "parameters": sum(p.numel() for p in trained),
         "before": measure_health(model, heldout, plan),
     }
@@ -93,6 +99,10 @@ def train_variant(
         optimizer, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * s / steps))
     )
     log: list[dict[str, float]] = []
+    if VARIANTS[name].teach_first:
+        assert teacher is not None
+        teach_first(model, teacher, train, order, plan, config, VARIANTS[name].teach_first)
+        result["taught"] = measure_health(model, heldout, plan)
     started = time.time()
     for step in range(1, steps + 1):
         rows = order[torch.arange((step - 1) * plan.batch, step * plan.batch) % len(order)]
@@ -120,6 +130,38 @@ def train_variant(
     atomic_write(output, json.dumps(result, indent=1) + "\n")
     late = {part: round(nats, 4) for part, nats in result["heldout"].items()}
     print(f"{name} {seed}: {steps} steps in {seconds:.0f} s, {late}", flush=True)
+
+
+def teach_first(
+    model: Any,
+    teacher: AddressTeacher,
+    train: Text,
+    order: Tensor,
+    plan: Plan,
+    config: TuneConfig,
+    steps: int,
+) -> None:
+    """Train addresses alone; the outputs are still zero, so the model is the frozen one."""
+    addressing = [
+        p
+        for adapter in adapters_of(model).values()
+        for part in (adapter.q_proj, adapter.k_proj, adapter.selection)
+        if part is not None
+        for p in part.parameters()
+    ]
+    optimizer = torch.optim.AdamW(
+        addressing, lr=config.lr * config.qk_lr_scale, betas=(0.9, 0.99), weight_decay=0.0
+    )
+    device = next(model.parameters()).device
+    for step in range(steps):
+        rows = order[torch.arange(step * plan.batch, (step + 1) * plan.batch) % len(order)]
+        inputs = {"input_ids": train.ids[rows].to(device, torch.int64), "use_cache": False}
+        train.give(rows)
+        with torch.no_grad(), record_matches(model, keep_inputs=True) as contexts:
+            decoder_of(model)(**inputs)
+        teacher.loss(model, contexts[-1], inputs).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 CUT = 20
 LAYERS = (20, 22, 24, 26, 28, 29)
@@ -24,11 +24,16 @@ class Variant(NamedTuple):
         what: a few words for the table.
         rosa: fields of `RosaConfig` beside those that all share.
         tune: fields of `TuneConfig`: rates and the address loss.
+        teach_first: steps of the address loss alone, before training; they read the same text.
+        reads: "match", or a control that reads something else wherever the match is read: "own",
+            the position's own value, or "random", that of any earlier position (see `misread`).
     """
 
     what: str
     rosa: dict[str, Any]
     tune: Mapping[str, Any] = MappingProxyType({})
+    teach_first: int = 0
+    reads: Literal["match", "own", "random"] = "match"
 
 
 TOKEN: dict[str, Any] = {"address": "token"}
@@ -36,6 +41,17 @@ HASH: dict[str, Any] = {"address": "hash", "bits": 8, "hash_orders": ORDERS, "mi
 HASH4: dict[str, Any] = {"address": "hash", "bits": 4, "hash_orders": (1,)}
 REFINED: dict[str, Any] = HASH | {"hash_refine": True}
 LEARNED: dict[str, Any] = {"address": "learned", "bits": 8}
+SELECT: dict[str, Any] = {
+    "address": "token",
+    "address_candidates": 4,
+    "far_distance": 256,
+    "select": 64,
+    "select_tiers": (0.05, 0.2, 0.4, 0.6, 0.8, 0.95),
+    "select_lens": True,
+}
+CHOSEN = {"qk_lr_scale": 1.0, "address_weight": 1.0, "address_loss": "next_token"}
+UNTAUGHT = {"qk_lr_scale": 1.0}
+FROZEN = {"qk_lr_scale": 0.0}
 SLOW = {"qk_lr_scale": 1 / 30}
 TAUGHT = {"qk_lr_scale": 1.0, "address_weight": 1.0}
 
@@ -50,6 +66,11 @@ VARIANTS: dict[str, Variant] = {
     "token-far-tiers": Variant(
         "token match, the latest and the latest beyond the window, length tiers",
         TOKEN | {"length_tiers": TIERS, "far_distance": 256},
+    ),
+    "token-far-tiers-own": Variant(
+        "… same matches and tiers, but the own value is read",
+        TOKEN | {"length_tiers": TIERS, "far_distance": 256},
+        reads="own",
     ),
     "hash": Variant("8-bit hash of 1 to 8 tokens, two alike in a row, fixed", HASH),
     "hash-refined": Variant("… refined at 1/30 of the rate", REFINED, SLOW),
@@ -100,6 +121,49 @@ VARIANTS: dict[str, Variant] = {
         "learned, 8 bits, suffix_attention",
         LEARNED | {"estimator": "suffix_attention"},
         SLOW,
+    ),
+    "hash-refined-full": Variant(
+        "… refined, shared q and k, taught by next tokens, full rate, codes 0.3 from the threshold",
+        REFINED | {"shared_qk": True, "hash_scale": 0.3},
+        TAUGHT | {"address_loss": "next_token"},
+    ),
+    "learned-next-soft-scan": Variant(
+        "learned, 8 bits, taught by next tokens, soft_scan",
+        LEARNED | {"shared_qk": True, "estimator": "soft_scan"},
+        TAUGHT | {"address_loss": "next_token"},
+    ),
+    "learned-next-suffix-attention": Variant(
+        "learned, 8 bits, taught by next tokens, suffix_attention",
+        LEARNED | {"shared_qk": True, "estimator": "suffix_attention"},
+        TAUGHT | {"address_loss": "next_token"},
+    ),
+    "select": Variant(
+        "learned choice among 4 token matches and one beyond the window, taught by next tokens",
+        SELECT,
+        CHOSEN,
+    ),
+    "select-own": Variant(
+        "… same choice and tiers, but the own value is read", SELECT, CHOSEN, reads="own"
+    ),
+    "select-random": Variant(
+        "… same choice and tiers, but any earlier value is read", SELECT, CHOSEN, reads="random"
+    ),
+    "select-no-lens": Variant(
+        "… without the model's logits of the candidates", SELECT | {"select_lens": False}, CHOSEN
+    ),
+    "select-first": Variant(
+        "… taught for 60 steps before anything else trains", SELECT, CHOSEN, teach_first=60
+    ),
+    "select-frozen": Variant("… not trained: the plain lens", SELECT, FROZEN),
+    "select-untaught": Variant("… trained by the language-model loss alone", SELECT, UNTAUGHT),
+    "select-taught-only": Variant(
+        "… trained by next tokens alone", SELECT | {"select_credit": False}, CHOSEN
+    ),
+    "select-no-tiers": Variant("… without tiers", SELECT | {"select_tiers": ()}, CHOSEN),
+    "select-near": Variant(
+        "learned choice whether to trust the token match, taught by next tokens",
+        SELECT | {"address_candidates": 1, "far_distance": None},
+        CHOSEN,
     ),
     "ceiling": Variant("full attention, own value", TOKEN | {"retrieve": False, "window": None}),
 }

@@ -1,9 +1,7 @@
-"""(e) The direction of every estimator against the exact single-bit differences, and its cost."""
+"""(e) The direction of every estimator against the exact single-bit differences."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from typing import Any
 
 import torch
@@ -31,37 +29,6 @@ def run(variant: str, stream: str, seed: int, *, length: int, device: str) -> di
     for name, a, b in zip(("q", "k", "v"), got, exact, strict=True):
         row[f"cosine_{name}"] = torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
     return row
-
-
-def cost(variant: str, *, length: int, routes: int, device: str) -> dict[str, Any]:
-    """Milliseconds of forward + backward (median of 3); on a GPU also the peak above the inputs."""
-    chosen = VARIANTS[variant]
-    inputs = example("random", 0, length, routes * 4, device)
-    slope = torch.ones_like(inputs[0])
-    gpu = device == "cuda"
-    gradients(inputs, slope, chosen)  # compiles, and fills the allocator's pools
-    before = 0
-    if gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        gradients(inputs, slope, chosen)
-        if gpu:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-        if times[0] > 5:  # seconds: once is enough
-            break
-    return {
-        "variant": variant,
-        "length": length,
-        "routes": routes,
-        "device": device,
-        "milliseconds": round(1e3 * statistics.median(times), 3),
-        "peak_bytes": torch.cuda.max_memory_allocated() - before if gpu else None,
-    }
 
 
 def example(

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.estimators.variants import VARIANTS
 from rosakit.models.rwkv8.training import Progress, TrainConfig, Trainer
 
 
-def run(variant: str, seed: int, *, steps: int, batch: int, device: str) -> dict[str, Any]:
+def run(
+    variant: str,
+    seed: int,
+    *,
+    steps: int,
+    batch: int,
+    device: str,
+    after_step: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Train the one-layer model of the demo; `control` is its token memory alone."""
     chosen = VARIANTS[variant]
     config = TrainConfig(
@@ -29,6 +38,8 @@ def run(variant: str, seed: int, *, steps: int, batch: int, device: str) -> dict
             trainer.model.use_estimator(chosen.estimator, {**chosen.options, **moved})
 
     def report(progress: Progress) -> None:
+        if after_step is not None:
+            after_step()
         if progress.step < steps:
             schedule(progress.step)
         elif chosen.estimator.startswith("soft"):  # what is read off is the hard forward
@@ -39,6 +50,7 @@ def run(variant: str, seed: int, *, steps: int, batch: int, device: str) -> dict
     return {
         "variant": variant,
         "seed": seed,
+        "steps": steps,
         "loss": result.final_loss,
         "held_out_loss": result.validation_loss,
         "losses_per_20_steps": [

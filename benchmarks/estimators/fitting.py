@@ -7,6 +7,7 @@ starts, the same number of steps of Adam, and the same three learning rates to c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,15 @@ class Fit:
     steps: int = 300
 
 
-def run(variant: str, seed: int, rate: float, *, fit: Fit, device: str) -> dict[str, Any]:
+def run(
+    variant: str,
+    seed: int,
+    rate: float,
+    *,
+    fit: Fit,
+    device: str,
+    after_step: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Fit once; the share of output bits that the hard forward gets right, every 10 steps."""
     chosen = VARIANTS[variant]
     draw = torch.Generator().manual_seed(seed)
@@ -57,6 +66,8 @@ def run(variant: str, seed: int, rate: float, *, fit: Fit, device: str) -> dict[
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
+        if after_step is not None:
+            after_step()
         if step % 10 == 9:
             with torch.no_grad():
                 hard = rosa(*leaves, v, -e1, e1, bits=fit.bits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.estimators import agreement, counting, fitting, recall
@@ -20,14 +20,34 @@ ESTIMATORS = [n for n, v in VARIANTS.items() if v.retrieve and n != "frozen"]
 LARGEST = Task(pairs=64, length=512)
 MIDDLE = Task(pairs=64, length=256, vocabulary=2048)
 SMALLEST = Task(pairs=16, length=128, vocabulary=512)
-# Flipping every bit takes most of a second a step at 64 pairs and T = 512, and at the larger sizes
-# the softened forwards stay at chance for longer than a part may take.
-LEFT_OUT = {
-    LARGEST: ("bitflip", "bitflip_sampled", "soft_dp", "soft_scan"),
-    MIDDLE: ("bitflip", "bitflip_sampled", "soft_dp", "soft_scan", "soft_scan_st", "control"),
-    SMALLEST: ("bitflip_sampled",),
-}
-STEPS = {LARGEST: 500, MIDDLE: 300, SMALLEST: 300}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size of MQAR: who is trained on it, for how many steps, from which start."""
+
+    task: Task
+    steps: int
+    variants: tuple[str, ...]
+    tied_start: bool = True
+
+
+_RETRIEVING = tuple(n for n, v in VARIANTS.items() if v.retrieve)
+_FEW = ("counterfactual", "soft_dp_st", "suffix_attention", "frozen", "control")
+_FILLED = replace(LARGEST, random_filler=True)
+POINTS = (
+    Point(LARGEST, 500, tuple(VARIANTS)),
+    Point(_FILLED, 1000, _FEW),
+    Point(_FILLED, 1000, ("counterfactual", "suffix_attention"), tied_start=False),
+    Point(SMALLEST, 300, _RETRIEVING, tied_start=False),
+    Point(SMALLEST, 300, tuple(VARIANTS)),
+    Point(MIDDLE, 300, _FEW),
+    # One size at a time around the largest.
+    *(Point(replace(LARGEST, pairs=n), 500, _FEW) for n in (128, 32, 16)),
+    *(Point(replace(LARGEST, length=n), 500, _FEW) for n in (1024, 256)),
+    *(Point(replace(LARGEST, vocabulary=n), 500, _FEW) for n in (2048, 512)),
+)
+SYNONYMS = Task("synonyms", pairs=16, length=128, vocabulary=512, random_filler=True)
 _TINY = Trunk(width=16, layers=1, heads=2, bits=4, routes=4)
 _MOMENT = Training(steps=4, batch=4, held_out=4)
 
@@ -45,30 +65,27 @@ def fit(variants: Sequence[str] | None, seeds: int, device: str, small: bool) ->
 
 
 def mqar(variants: Sequence[str] | None, seeds: int, device: str, small: bool) -> list[Job]:
-    """(b) Multi-query associative recall over a sweep of sizes; untied starts at the smallest."""
-    tiny = Task(pairs=2, length=16, vocabulary=32)
-    sweep = (tiny,) if small else (LARGEST, SMALLEST, MIDDLE)
-    jobs = []
-    for tied, tasks in ((True, sweep[:1]), (False, sweep[1:2] or sweep), (True, sweep[1:])):
-        for task in tasks:
-            names = [n for n in variants or VARIANTS if n not in LEFT_OUT.get(task, ())]
-            if not tied:  # the others have no addresses that could be untied
-                names = [n for n in names if VARIANTS[n].retrieve]
-            jobs += [
-                _recall(n, seed, task, tied, device, small) for seed in range(seeds) for n in names
-            ]
-    return jobs
+    """(b) Multi-query associative recall: the points of `POINTS`, in their order."""
+    points = POINTS
+    if small:
+        tiny = Task(pairs=2, length=16, vocabulary=32)
+        points = (Point(tiny, 4, tuple(VARIANTS)), Point(tiny, 4, _RETRIEVING, tied_start=False))
+    return [
+        _recall(name, seed, point.task, point.steps, point.tied_start, device, small)
+        for point in points
+        for seed in range(seeds)
+        for name in point.variants
+        if name in (variants or point.variants)
+    ]
 
 
 def synonyms(variants: Sequence[str] | None, seeds: int, device: str, small: bool) -> list[Job]:
     """(c) Recall by another surface form: equal symbols have to be learned."""
-    task = Task("synonyms", pairs=16, length=128, vocabulary=512)
-    if small:
-        task = Task("synonyms", pairs=2, length=32, vocabulary=32)
+    task = Task("synonyms", pairs=2, length=32, vocabulary=32) if small else SYNONYMS
     return [
-        _recall(n, seed, task, True, device, small)
+        _recall(name, seed, task, 1000, True, device, small)
         for seed in range(seeds)
-        for n in variants or VARIANTS
+        for name in variants or VARIANTS
     ]
 
 
@@ -97,29 +114,19 @@ def agree(variants: Sequence[str] | None, seeds: int, device: str, small: bool) 
     ]
 
 
-def cost(variants: Sequence[str] | None, seeds: int, device: str, small: bool) -> list[Job]:
-    """(e) Time and peak memory; not averaged over seeds, since the numbers do not matter."""
-    routes = 2 if small else 512 if device == "cuda" else 32
-    lengths = (32,) if small else (1024, 2048, 4096) if device == "cuda" else (256, 512, 1024)
-    return [
-        (agreement.cost, {"variant": n, "length": length, "routes": routes, "device": device})
-        for length in lengths
-        for n in variants or ESTIMATORS
-    ]
-
-
 PARTS: dict[str, Part] = {
     "fit": fit,
     "mqar": mqar,
     "synonyms": synonyms,
     "count": count,
     "agree": agree,
-    "cost": cost,
 }
 
 
-def _recall(name: str, seed: int, task: Task, tied: bool, device: str, small: bool) -> Job:
+def _recall(
+    name: str, seed: int, task: Task, steps: int, tied: bool, device: str, small: bool
+) -> Job:
     trunk = replace(_TINY if small else Trunk(), tied_start=tied)
-    training = _MOMENT if small else Training(steps=STEPS.get(task, 500))
+    training = _MOMENT if small else Training(steps=steps)
     options: dict[str, Any] = {"task": task, "trunk": trunk, "training": training}
     return recall.run, {"variant": name, "seed": seed, "device": device, **options}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from benchmarks.estimators.tables import best_rates
 _COLOURS = {
     "counterfactual": "#1b6ca8",
     "bitflip": "#b3261e",
+    "bitflip_inverse": "#7a0f0a",
     "bitflip_sampled": "#e39a94",
     "soft_dp": "#2e7d32",
     "soft_dp_st": "#8bc48d",
@@ -44,13 +46,17 @@ def plot(parts: dict[str, Any], beside: Path) -> list[Path]:
         for axis in axes.flat[len(tasks) :]:
             axis.set_axis_off()
         written.append(_save(figure, beside, ""))
-    others = [n for n in ("agree", "cost") if n in parts]
+    costs = beside.with_name(f"{beside.stem}_cost.json")
+    others = [n for n in ("agree",) if n in parts] + (["cost"] if costs.exists() else [])
     if others:
         figure, axes = plt.subplots(
             1, len(others), figsize=(5.5 * len(others), 4.2), squeeze=False, layout="constrained"
         )
         for axis, name in zip(axes[0], others, strict=True):
-            {"agree": _agree, "cost": _cost}[name](axis, parts[name]["rows"])
+            if name == "agree":
+                _agree(axis, parts[name]["rows"])
+            else:
+                _cost(axis, json.loads(costs.read_text())["rows"])
         written.append(_save(figure, beside, "_cost"))
     return written
 
@@ -62,9 +68,12 @@ def _save(figure: Any, beside: Path, suffix: str) -> Path:
 
 
 def _bars(axis: Any, values: dict[str, list[float]], title: str, unit: str) -> None:
-    """Mean as a bar, every seed as a dot."""
+    """Mean as a bar with its number of seeds, every seed as a dot, a line from least to largest."""
     for place, (name, some) in enumerate(values.items()):
-        mean = spread(some)[0]
+        mean, low, high, seeds = spread(some)
+        axis.plot([low, high], [place, place], color="black", linewidth=1)
+        axis.annotate(f"{seeds}", (0.005, place), xycoords=("axes fraction", "data"), fontsize=6,
+                      color="white", va="center")  # fmt: skip
         axis.barh(place, mean, color=_COLOURS[name], height=0.7)
         axis.plot(some, [place] * len(some), "o", color="black", markersize=3)
     axis.set_yticks(range(len(values)), list(values))
@@ -89,9 +98,9 @@ def _fit(axis: Any, rows: list[dict[str, Any]]) -> None:
 
 def _mqar(axis: Any, rows: list[dict[str, Any]]) -> None:
     rows = [r for r in rows if "error" not in r]
-    longest = max(r["task"]["length"] for r in rows)
-    tasks = [r["task"] for r in rows if r["task"]["length"] == longest]
-    task = max(tasks, key=lambda t: len({r["variant"] for r in rows if r["task"] == t}))
+    tasks = [r["task"] for r in rows]
+    names = [(r["task"], r["variant"]) for r in rows if r["tied_start"]]
+    task = max(tasks, key=lambda t: (len({n for u, n in names if u == t}), t["length"]))
     some = [r for r in rows if r["task"] == task]
     values = {}
     for (name, tied), found in grouped(some, "variant", "tied_start").items():
@@ -166,17 +175,20 @@ def _agree(axis: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _cost(axis: Any, rows: list[dict[str, Any]]) -> None:
-    for (name,), some in grouped(rows, "variant").items():
-        some = sorted(some, key=lambda r: r["length"])
+    full = max(r["routes"] or 0 for r in rows)
+    for (name,), some in grouped(rows, "estimator").items():
+        # Rows with fewer routes are another measurement; attention has none.
+        some = sorted((r for r in some if r["routes"] in (None, full)), key=lambda r: r["length"])
+        style = {"color": _COLOURS.get(name, "#444444"), "label": name}
+        style["linestyle"] = "-" if name in _COLOURS else "--"
         x = [r["length"] for r in some]
-        axis.plot(x, [r["milliseconds"] for r in some], "o-", color=_COLOURS[name], label=name)
-    first = next(r for r in rows if "error" not in r)
+        axis.plot(x, [r["milliseconds"] for r in some], marker="o", **style)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_title(f"(e) forward + backward, {first['routes']} routes", fontsize=10)
+    axis.set_title(f"(e) forward + backward, {full} routes of 4 bits", fontsize=10)
     axis.set_xlabel("T")
     axis.set_ylabel("ms")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=6)
 
 
 _TASKS = {"fit": _fit, "mqar": _mqar, "synonyms": _synonyms, "count": _count}

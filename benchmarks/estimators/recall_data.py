@@ -69,7 +69,10 @@ class Task:
         context = 2 * self.pairs
         room = (self.length - context) // 2
         gaps = torch.arange(1, room + 1, device=device, dtype=torch.float64) ** (self.power - 1)
-        slots = torch.multinomial(gaps.expand(batch, -1), self.pairs, generator=generator)
+        # What torch.multinomial does without replacement, without its look at the numbers on the
+        # host, which would hold up every step on a GPU.
+        waiting = torch.empty(batch, room, device=device, dtype=torch.float64)
+        slots = (gaps / waiting.exponential_(generator=generator)).topk(self.pairs)[1]
         asked = context + 2 * slots
         tokens = torch.randint(
             self.vocabulary if self.random_filler else 1,

@@ -1,15 +1,17 @@
-"""A part's rows as a table for people: mean and range over the seeds."""
+"""A part's rows as a table for people: mean (least–largest; number of seeds)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from benchmarks.estimators.results import grouped, spread
+from benchmarks.estimators.variants import VARIANTS
 
 
 def table(name: str, rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    return _TABLES[name](rows)
+    """Markdown, variants in the order in which they are defined."""
+    order = list(VARIANTS)
+    return _TABLES[name](sorted(rows, key=lambda row: order.index(row["variant"])))
 
 
 def _lines(head: list[str], body: list[list[str]]) -> str:
@@ -18,10 +20,12 @@ def _lines(head: list[str], body: list[list[str]]) -> str:
 
 
 def _range(values: list[float], digits: int = 1, scale: float = 100.0) -> str:
-    mean, low, high, _ = spread(scale * v for v in values)
+    """Mean, least and largest where they differ, and the number of seeds."""
+    mean, low, high, seeds = spread(scale * v for v in values)
+    spans = f"{low:.{digits}f}–{high:.{digits}f}; "
     if round(low, digits) == round(high, digits):
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+        spans = ""
+    return f"{mean:.{digits}f} ({spans}{seeds})"
 
 
 def best_rates(rows: list[dict[str, Any]]) -> dict[str, tuple[float, list[dict[str, Any]]]]:
@@ -43,15 +47,27 @@ def _fit(rows: list[dict[str, Any]]) -> str:
 
 
 def _recall(rows: list[dict[str, Any]]) -> str:
-    keys = ("task.pairs", "task.length", "task.vocabulary", "task.random_filler", "tied_start")
-    columns = list(grouped(rows, *keys))
+    """A table for each start and filler: variants down, sizes across."""
+    keys = ("task.random_filler", "tied_start")
+    written = []
+    groups = grouped(rows, *keys)
+    for filler, tied in sorted(groups, key=lambda group: (group[0], not group[1])):
+        start = "tied start" if tied else "untied start"
+        between = "random tokens" if filler else "token 0"
+        written.append(
+            f"{start}, {between} between the questions:\n\n{_sizes(groups[filler, tied])}"
+        )
+    return "\n\n".join(written)
+
+
+def _sizes(rows: list[dict[str, Any]]) -> str:
+    keys = ("task.pairs", "task.length", "task.vocabulary", "steps")
     cells = grouped(rows, "variant", *keys)
-    names = list(dict.fromkeys(r["variant"] for r in rows))
-    head = ["variant"] + [
-        f"{pairs} pairs, T = {length}, {vocabulary} tokens"
-        + (", random filler" if filler else "")
-        + ("" if tied else ", untied start")
-        for pairs, length, vocabulary, filler, tied in columns
+    columns = sorted(grouped(rows, *keys), reverse=True)
+    names = [n for n in VARIANTS if any(r["variant"] == n for r in rows)]
+    head = ["right, %"] + [
+        f"{pairs} pairs, T = {length}, {vocabulary} tokens, {steps} steps"
+        for pairs, length, vocabulary, steps in columns
     ]
     body = [
         [f"`{name}`"]
@@ -86,20 +102,10 @@ def _agree(rows: list[dict[str, Any]]) -> str:
     return _lines(["variant", "streams", "T", "q", "k", "v"], body)
 
 
-def _cost(rows: list[dict[str, Any]]) -> str:
-    body = []
-    for row in (r for r in rows if "error" not in r):
-        peak = "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
-        size = [f"`{row['variant']}`", str(row["length"]), str(row["routes"])]
-        body.append([*size, f"{row['milliseconds']:.2f}", peak])
-    return _lines(["variant", "T", "routes", "ms", "peak MiB"], body)
-
-
 _TABLES = {
     "fit": _fit,
     "mqar": _recall,
     "synonyms": _recall,
     "count": _count,
     "agree": _agree,
-    "cost": _cost,
 }

@@ -105,11 +105,12 @@ class Model(nn.Module):
         self.head = nn.Linear(trunk.width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor, asked: Tensor) -> Tensor:
-        """Logits ``[N, V]`` of the N positions of `tokens` ``[B, T]`` where `asked` is true."""
+        """Logits ``[B * N, V]`` of `tokens` ``[B, T]`` at positions `asked`, int64 ``[B, N]``."""
         h, context = self.embed(tokens), RosaContext()
         for block in self.blocks:
             h = block(h, context)
-        logits: Tensor = self.head(F.rms_norm(h[asked], h.shape[-1:]))
+        h = h.gather(1, asked[..., None].expand(-1, -1, h.shape[-1])).flatten(0, 1)
+        logits: Tensor = self.head(F.rms_norm(h, h.shape[-1:]))
         return logits
 
     def adapters(self) -> list[RosaAdapter]:

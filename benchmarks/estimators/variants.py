@@ -38,6 +38,9 @@ VARIANTS: dict[str, Variant] = {
     "counterfactual": Variant("counterfactual", note="default options"),
     "bitflip": Variant("bitflip", note="every flip"),
     "bitflip_sampled": Variant("bitflip", {"stride": 64}, note="1 flip in 32, unbiased"),
+    "bitflip_inverse": Variant(
+        "bitflip", {"slope": "inverse"}, note="every flip, the slope of RWKV-8's reference"
+    ),
     "soft_dp": Variant("soft_dp", {}, _SOFT, note="soft forward, tau 0.5 to 0.1"),
     "soft_dp_st": Variant(
         "soft_dp", {"straight_through": True}, _HARD, note="hard forward, tau 0.3 to 0.1"

@@ -60,6 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     elif options.command == "work":
         model, tokenizer = _load(options)
         queue = [Planned(p.arm, p.seed, p.window, int(p.tokens * options.scale)) for p in PLAN]
+        if options.every_arm:
+            names = reversed(arms(options.window))  # the composed ones first
+            queue = [Planned(a, 0, options.window, options.tokens) for a in names]
         for planned in claimed(queue, options.work / "runs", began + options.seconds):
             try:
                 run(
@@ -144,7 +147,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
 def _tasks(options: argparse.Namespace) -> Tasks:
     return Tasks(
         options.window, 4, tuple(options.lengths), samples=options.samples,
-        documents=options.documents,
+        documents=options.documents, short=options.short,
     )  # fmt: skip
 
 
@@ -171,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     single.add_argument("--arm", required=True, choices=list(arms(256)))
     single.add_argument("--seed", type=int, default=0)
     worker = commands.add_parser("work", help="every run of the plan that nobody has claimed")
+    worker.add_argument("--every-arm", action="store_true", help="each arm once: a smoke test")
     worker.add_argument("--scale", type=float, default=1.0, help="of the plan's training tokens")
     for command in (single, worker):
         command.add_argument("--window", type=int, default=512)
@@ -182,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--samples", type=int, default=2, help="prompts a cell")
         command.add_argument("--reserve", type=float, default=0, help="GiB of a shared GPU to hold")
         command.add_argument("--documents", type=int, default=16, help="held-out texts a kind")
+        command.add_argument("--short", type=int, default=300, help="short-context items a task")
     for command in (prepare, single, worker):
         command.add_argument("--model", required=True, help="folder, GGUF file or hub name")
         command.add_argument("--tokens", type=int, default=2_000_000, help="trained on")

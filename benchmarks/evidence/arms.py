@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.evidence.view import View
 
@@ -25,6 +25,9 @@ class Arm:
         adapters: layers with adapters of bit routes beside LoRA, which also get their own value.
         retrieve: whether those retrieve; False is their control.
         repeat: passages copied far ahead in half of the training sequences, each.
+        hide: share of the training batches in which no span is recalled, so that the route's gate
+            learns when to trust what the model itself cannot see.
+        options: of the adapters' `RosaConfig`, which start from own value and nothing else.
     """
 
     what: str
@@ -35,6 +38,8 @@ class Arm:
     adapters: tuple[int, ...] = ()
     retrieve: bool = True
     repeat: int = 0
+    hide: float = 0.0
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def trains(self) -> bool:
@@ -47,6 +52,14 @@ def arms(window: int) -> dict[str, Arm]:
     sinks = View(window)
     recall = replace(sinks, recall=16, before=32, after=32)
     bits = Arm("LoRA and bit routes with own value", sinks, adapters=(3, 9, 15, 21, 27))
+    token = replace(
+        bits, what="LoRA and bit routes at token matches, near and far, by length",
+        options=(("address", "token"), ("far_distance", window), ("length_tiers", (1, 2, 4, 8))),
+    )  # fmt: skip
+
+    def learned(what: str, **options: Any) -> Arm:
+        return replace(bits, what=f"LoRA, learned bit routes: {what}", options=(*options.items(),))
+
     route = Arm("LoRA and token route", sinks, route=16)
     both = Arm("LoRA, token route and recalled spans", recall, route=16)
     return {
@@ -78,8 +91,60 @@ def arms(window: int) -> dict[str, Arm]:
             view=replace(recall, layers=tuple(range(0, 64, 2))),
         ),
         "rosa-rank4": replace(both, what="the same, LoRA of rank 4", rank=4),
+        # Spans hidden in a share of the batches; in all of them the spans join in evaluation only.
+        "rosa+hide25": replace(both, what=f"{both.what}, spans hidden in 25%", hide=0.25),
+        "rosa+hide50": replace(both, what=f"{both.what}, spans hidden in 50%", hide=0.5),
+        "rosa+hide100": replace(both, what=f"{both.what}, spans in evaluation only", hide=1.0),
+        "rosa+hide50+repeat": replace(
+            both, what=f"{both.what}, spans hidden in 50%, repeated passages", hide=0.5, repeat=2
+        ),
+        "rosa-rank64": replace(both, what="the same, LoRA of rank 64", rank=64),
+        "route-K1": replace(route, what="LoRA and token route of 1 candidate", route=1),
+        "route-K4": replace(route, what="LoRA and token route of 4 candidates", route=4),
+        "route+repeat": replace(route, what="LoRA, token route, repeated passages", repeat=2),
+        "route-only": replace(route, what="token route alone, nothing else trained", rank=0),
         "adapters-own": replace(bits, what="LoRA and own value, same parameters", retrieve=False),
         "adapters": bits,
+        "adapters-token": token,
+        "adapters-token-all": replace(
+            token, what=f"{token.what}, in all layers", adapters=tuple(range(64))
+        ),
+        "adapters-token-bit1": replace(
+            token, what=f"{token.what}, 1 bit", options=(*token.options, ("bits", 1))
+        ),
+        "adapters-token-bit8": replace(
+            token, what=f"{token.what}, 8 bits", options=(*token.options, ("bits", 8))
+        ),
+        "adapters-token-alone": replace(token, what="no LoRA, bit routes at token matches", rank=0),
+        "adapters-own-alone": replace(bits, what="no LoRA, own value", rank=0, retrieve=False),
+        "route+own": replace(
+            route,
+            what="no LoRA, token route and own value",
+            rank=0,
+            adapters=bits.adapters,
+            retrieve=False,
+        ),
+        "route+adapters": replace(
+            token, what="LoRA, token route, bit routes at token matches", route=16
+        ),
+        "rosa+adapters": replace(
+            token,
+            what="LoRA, token route, spans, bit routes at matches",
+            route=16,
+            view=recall,
+        ),
+        "adapters-bit1": learned("1 bit", bits=1),
+        "adapters-bit8": learned("8 bits", bits=8),
+        "adapters-untied": learned("queries and keys start apart", tied_start=False),
+        "adapters-shared": learned("one projection of queries and keys", shared_qk=True),
+        "adapters-suffix": learned("suffix_attention", estimator="suffix_attention"),
+        "adapters-soft": learned(
+            "soft_scan, straight through",
+            estimator="soft_scan",
+            estimator_options={"straight_through": True},
+            routes=16,
+        ),
+        "adapters-routes16": learned("16 routes, as soft_scan's", routes=16),
     }
 
 

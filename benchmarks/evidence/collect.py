@@ -149,6 +149,9 @@ def summarise(results: Sequence[EvaluationResult]) -> dict[str, Any]:
                     "inside_window_nats": _spread(near), "late_nats": _spread(far),
                 }  # fmt: skip
         entry["recall_beyond_window"] = _recall(variants)
+        entry["short"] = {
+            task: _spread([v.scores[task] for v in variants]) for task in variants[0].scores
+        }
         arms[arm] = entry
     return {"arms": arms}
 

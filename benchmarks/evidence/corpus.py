@@ -7,7 +7,9 @@ files of a folder. Held out are whole files, by the hash of their text.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import lzma
 import random
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -61,10 +63,17 @@ def prepare(
 
 
 def load(folder: Path) -> dict[str, tuple[Any, Any]]:
-    """``(training blocks [n, block], held-out texts [m, length])`` by kind of text."""
+    """``(training blocks [n, block], held-out texts [m, length])`` by kind of text.
+
+    Files may be packed further: ``code.npz.xz``.
+    """
     out = {}
     for kind in ("code", "books"):
-        if (folder / f"{kind}.npz").exists():
+        packed = folder / f"{kind}.npz.xz"
+        if packed.exists():
+            with lzma.open(packed) as file, np.load(io.BytesIO(file.read())) as found:
+                out[kind] = (found["train"], found["heldout"])
+        elif (folder / f"{kind}.npz").exists():
             with np.load(folder / f"{kind}.npz") as found:
                 out[kind] = (found["train"], found["heldout"])
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,10 +11,12 @@ from benchmarks.evidence.train import Learner
 from rosakit.evaluate import VariantResult, make_needles
 from rosakit.evaluate.distance import measure_distance
 from rosakit.evaluate.grids import GridResult
+from rosakit.evaluate.needles import Question
 from rosakit.evaluate.niah import measure_niah, niah_grid
 from rosakit.evaluate.perplexity import measure_perplexity, position_edges
 from rosakit.evaluate.recall import copy_prompts, measure_prompts, mqar_prompts
 from rosakit.evaluate.scores import Scorer
+from rosakit.evaluate.short import make_short, measure_short
 
 __all__ = ["Tasks", "measure"]
 
@@ -27,9 +29,10 @@ class Tasks:
         window, sinks: what they hide counts as beyond, for all arms alike.
         lengths: tokens of the prompts.
         depths: of needles.
-        samples: prompts a cell.
+        samples: prompts a cell; single needles get twice as many.
         pairs: of MQAR.
         documents: held-out texts a kind.
+        short: short-context items a task and kind; 0 for none.
         seed: of the prompts.
     """
 
@@ -40,11 +43,18 @@ class Tasks:
     samples: int = 4
     pairs: tuple[int, ...] = (8, 32)
     documents: int = 32
+    short: int = 300
     seed: int = 1
 
 
-_NEEDLES = ((0, False, "niah"), (4, False, "niah_multi"), (4, True, "niah_confusable"))
-"""Other needles, whether they share a word with the one asked for, and the name of the grid."""
+_NEEDLES: tuple[tuple[str, Question, int, bool, int], ...] = (
+    ("niah", "repeat", 0, False, 2),
+    ("niah_multi", "repeat", 4, False, 1),
+    ("niah_confusable", "repeat", 4, True, 1),
+    ("niah_paraphrase", "paraphrase", 0, False, 1),
+)
+"""Name, question, other needles, whether they share a word with the one asked for, and how many
+times the samples."""
 
 
 def _remembering(scorer: Scorer) -> Scorer:
@@ -86,32 +96,38 @@ def measure(
     grids: dict[str, GridResult] = {}
     single = None
     if tasks.lengths:
-        for question in ("repeat", "paraphrase"):
-            for distractors, confusable, name in (
-                (0, False, "niah"), (4, False, "niah_multi"), (4, True, "niah_confusable"),
-            ):  # fmt: skip
-                needles = make_needles(
-                    tokenizer, tasks.lengths, tasks.depths, samples=tasks.samples,
-                    question=question, distractors=distractors, confusable=confusable,
-                    seed=tasks.seed,
-                )  # fmt: skip
-                found = measure_niah(scorer, needles, question=question, **common)["model"]
-                if question == "repeat" and name == "niah":
-                    single = found
-                else:
-                    grids[name + ("" if question == "repeat" else "_paraphrase")] = niah_grid(found)
-        prompts = mqar_prompts(
-            tokenizer, tasks.lengths, tasks.pairs, samples=tasks.samples, seed=tasks.seed
-        )
-        grids["mqar"] = measure_prompts(scorer, prompts, ("length", "pairs"), **common)["model"]
+        for name, question, distractors, confusable, times in _NEEDLES:
+            needles = make_needles(
+                tokenizer, tasks.lengths, tasks.depths, samples=times * tasks.samples,
+                question=question, distractors=distractors, confusable=confusable, seed=tasks.seed,
+            )  # fmt: skip
+            found = measure_niah(scorer, needles, question=question, **common)["model"]
+            if name == "niah":
+                single = found
+            else:
+                grids[name] = niah_grid(found)
+        forms: tuple[tuple[str, Literal["tokens", "lines"]], ...] = (
+            ("mqar", "tokens"), ("mqar_lines", "lines"),
+        )  # fmt: skip
+        for name, form in forms:
+            prompts = mqar_prompts(
+                tokenizer, tasks.lengths, tasks.pairs, samples=tasks.samples, form=form,
+                seed=tasks.seed,
+            )  # fmt: skip
+            axes = ("length", "pairs")
+            grids[name] = measure_prompts(scorer, prompts, axes, **common)["model"]
         for kind, rows in texts.items():
             gaps = [n - 64 for n in tasks.lengths if n >= 128 and 2 * n <= sum(map(len, rows))]
             if gaps:
                 copies = copy_prompts(rows, gaps, [64], samples=2 * tasks.samples, seed=tasks.seed)
                 axes = ("distance", "passage")
                 grids[f"copying_{kind}"] = measure_prompts(scorer, copies, axes, **common)["model"]
+    scores: dict[str, float] = {}
+    if tasks.short:
+        items = make_short(tokenizer, texts, count=tasks.short, seed=tasks.seed)
+        scores = measure_short(learner.scorer(), items, device=device)["model"]
     kinds = list(scored)
     return VariantResult(
         scored[kinds[0]], single, learner.parameters, learner.arm.what,
-        {kind: scored[kind] for kind in kinds[1:]}, grids, far,
+        {kind: scored[kind] for kind in kinds[1:]}, grids, far, scores,
     )  # fmt: skip

@@ -10,7 +10,8 @@ from typing import Any
 
 __all__ = ["markdown"]
 
-TASKS = ("niah", "niah_paraphrase", "niah_multi", "niah_confusable", "mqar", "copying_code")
+TASKS = ("niah", "niah_paraphrase", "niah_multi", "niah_confusable", "mqar_lines", "mqar",
+         "copying_code")  # fmt: skip
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
@@ -21,6 +22,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
         for kind in next(iter(arms.values()))["perplexity"]:
             parts += [f"**{kind}, window {window}**", "", *_perplexity(arms, kind), ""]
         parts += [f"**recall beyond the window of {window}**", "", *_recall(arms), ""]
+        if any(arm.get("short") for arm in arms.values()):
+            parts += [f"**short contexts, window {window}**", "", *_short(arms), ""]
     return "\n".join(parts)
 
 
@@ -42,6 +45,20 @@ def _recall(arms: Mapping[str, Any]) -> list[str]:
         for name, arm in arms.items()
     ]
     return _table(["arm", *(t.replace("_", ", ") for t in tasks)], rows)
+
+
+def _short(arms: Mapping[str, Any]) -> list[str]:
+    tasks = list(dict.fromkeys(t for arm in arms.values() for t in arm.get("short", {})))
+    rows = [
+        [name, *(_shown(arm["short"].get(t), 1, 100, "%") for t in tasks), _mean(arm["short"])]
+        for name, arm in arms.items()
+        if arm.get("short")
+    ]
+    return _table(["arm", *(t.replace("_", " ") for t in tasks), "mean"], rows)
+
+
+def _mean(tasks: Mapping[str, Any]) -> str:
+    return f"{100 * sum(t['mean'] for t in tasks.values()) / len(tasks):.1f}%"
 
 
 def _seeds(arm: Mapping[str, Any]) -> str:

@@ -6,8 +6,8 @@ import math
 import queue
 import threading
 import time
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from benchmarks.evidence.arms import Arm
 from benchmarks.evidence.fast_lora import add_summed_lora, remove_summed_lora
-from benchmarks.evidence.view import CHUNK, Seen, scattered, viewing
+from benchmarks.evidence.view import CHUNK, Seen, View, scattered, viewing
 from rosakit.evaluate.scores import LabelScores, Scorer
 from rosakit.layers import TokenCandidates, TokenRoute
 from rosakit.layers.token_match import best_successors, gather_candidates
-from rosakit.tuning import RosaConfig, attach, detach, rosa_parameters
+from rosakit.tuning import RosaConfig, attach, detach, is_attached, rosa_parameters
 from rosakit.tuning.loss import Head, candidate_nll, log_probs_of
 
 __all__ = ["Learner", "Sizes"]
@@ -68,6 +68,14 @@ class Learner:
     history: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        try:
+            self._add()
+        except BaseException:
+            self.remove()  # the next arm starts from the plain model
+            raise
+
+    def _add(self) -> None:
+        """Put into the model what the arm trains."""
         torch.manual_seed(self.seed)
         self.model.requires_grad_(False)
         first = next(self.model.parameters())
@@ -84,6 +92,7 @@ class Learner:
                 layers=tuple(layer for layer in self.arm.adapters if layer < depth),
                 own_value=True,
                 retrieve=self.arm.retrieve,
+                **dict(self.arm.options),
             )
             attach(self.model, config)
             self.adapters = rosa_parameters(self.model)
@@ -138,7 +147,9 @@ class Learner:
             sizes: how much.
             deadline: on `time.monotonic`; a run that meets it says so in its result.
         """
-        groups = [{"params": self.lora, "lr": sizes.lr_lora}]
+        groups: list[dict[str, Any]] = []
+        if self.lora:
+            groups.append({"params": self.lora, "lr": sizes.lr_lora})
         if self.route is not None:
             groups.append({"params": list(self.route.parameters()), "lr": sizes.lr_route})
         for learns_address in (False, True):
@@ -157,9 +168,17 @@ class Learner:
         )
         feeder.start()
         began, done = time.monotonic(), 0
+        hidden = np.random.default_rng([self.seed, 11])
+        without = replace(self.arm.view, recall=0)
         try:
-            with self.computing():
+            with ExitStack() as context:
+                shown: View | None = None
                 for step in range(steps):
+                    view = without if hidden.random() < self.arm.hide else self.arm.view
+                    if view != shown:
+                        context.close()
+                        context.enter_context(viewing(self.model, view))
+                        shown = view
                     warm = min(1.0, (step + 1) / max(1, steps // 20))
                     scale = warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
                     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -209,7 +228,7 @@ class Learner:
 
     def remove(self) -> None:
         """Take off the model what was added to it."""
-        if self.adapters:
+        if is_attached(self.model):
             detach(self.model)
         remove_summed_lora(self.model)
 

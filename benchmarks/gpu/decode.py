@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/gpu_decode.json"))
     arguments = parser.parse_args()
     report: dict[str, Any] = {
+        "command": "python benchmarks/gpu/decode.py",
         "hardware": torch.cuda.get_device_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": native.num_threads(),

@@ -104,7 +104,7 @@ const u32* as_words(const T* x, std::size_t n, Buffer<u32>& copy) {
 template <class T>
 void match_segment(Scratch& scratch, const T* q, const T* k, std::size_t n, const Rule& rule,
                    const Output& out) {
-  u32 top = out.bits ? (u32{1} << out.bits) - 1 : 0;
+  u32 top = 1;
   for (std::size_t i = 0; i < n; ++i) top |= static_cast<u32>(q[i]) | static_cast<u32>(k[i]);
   if (top >> 31)
     throw std::invalid_argument("symbols must be >= 0; a negative one was found outside padding");
@@ -134,18 +134,21 @@ template <class T>
 void match(const MatchCall<T>& call) {
   const Shape& s = call.shape;
   check_length(s.length);
-  std::vector<std::unique_ptr<Scratch>> scratch(kMaxThreads);
-  parallel_for(s.batch * s.routes, [&](std::size_t stream, unsigned worker) {
+  const std::size_t streams = s.batch * s.routes;
+  std::vector<std::unique_ptr<Scratch>> scratch(streams > 1 ? kMaxThreads : 1);  // else worker 0
+  parallel_for(streams, [&](std::size_t stream, unsigned worker) {
     if (!scratch[worker]) scratch[worker] = spares().take();
     const std::size_t at = stream * s.length;
     const i32* starts =
         call.segment_starts ? call.segment_starts + stream / s.routes * s.length : nullptr;
+    const u8* flip_at = call.flip_at ? call.flip_at + stream / s.routes * s.length : nullptr;
     for_each_segment(
         starts, s.length,
         [&](Segment g) {
           Output out{call.position + at + g.begin, call.length + at + g.begin, nullptr,
                      call.flip_bits, static_cast<i32>(g.begin)};
           if (call.flip_bits) out.flipped = call.flipped + (at + g.begin) * call.flip_bits;
+          if (flip_at) out.flip_at = flip_at + g.begin;
           match_segment(*scratch[worker], call.q + at + g.begin, call.k + at + g.begin,
                         g.end - g.begin, call.rule, out);
         },

@@ -6,12 +6,40 @@
 
 #include "rosakit/dense_automaton.hpp"
 #include "rosakit/memory.hpp"
+#include "rosakit/packed_automaton.hpp"
 #include "rosakit/solver.hpp"
 #include "streams.hpp"
 
 using namespace rosakit;
 
 namespace {
+
+/// What one stream is compared by.
+struct Case {
+  std::vector<u8> q, k;
+  Rule rule;
+  unsigned bits, flips;  // flips may reach beyond the symbols
+  Budget budget;
+  u32 hints_from;
+  const u8* flip_at;
+};
+
+/// Solves with the layout `Tree`, whatever the length of the stream would choose.
+template <class Tree>
+void solve(const Case& c, const reference::Result& want) {
+  using Symbol = typename Tree::Symbol;
+  static Solver<Tree> solver;  // dirty from the case before
+  const std::size_t n = c.q.size();
+  const std::vector<Symbol> q(c.q.begin(), c.q.end()), k(c.k.begin(), c.k.end());
+  reference::Result got{std::vector<i32>(n, -7), std::vector<i32>(n, -7),
+                        std::vector<i32>(n * c.flips, -7)};
+  solver.budget = c.budget;
+  solver.hints_from = c.hints_from;
+  solver.match(
+      q.data(), k.data(), static_cast<u32>(n), c.rule, c.bits,
+      Output{got.position.data(), got.length.data(), got.flipped.data(), c.flips, 0, c.flip_at});
+  if (got != want) std::abort();
+}
 
 /// Bytes: 6 of options, then q and k interleaved. Returns the positions compared.
 std::size_t compare(const u8* data, std::size_t size) {
@@ -21,7 +49,7 @@ std::size_t compare(const u8* data, std::size_t size) {
   rule.successor = data[0] & 2 ? Successor::strict : Successor::available;
   if (data[0] & 4) rule.max_length = 1 + data[1] % 8u;
   if (data[0] & 8) rule.min_length = 1 + data[2] % 4u;
-  const unsigned bits = 1 + data[3] % 8u, flips = data[3] / 8u % (bits + 1);
+  const unsigned bits = 1 + data[3] % 8u, flips = data[3] / 8u % (bits + 2);
   const u8 mask = static_cast<u8>((1u << bits) - 1);
   const Budget budget{data[0] & 16 ? 32u : 0u, data[0] & 32 ? 8192u : data[4]};
   std::vector<u8> q, k;
@@ -30,24 +58,34 @@ std::size_t compare(const u8* data, std::size_t size) {
     k.push_back(data[i + 1] & mask);
   }
   const std::size_t n = q.size();
-  const reference::Result want =
+  reference::Result want =
       reference::match({q.begin(), q.end()}, {k.begin(), k.end()}, rule, flips);
-  reference::Result got{std::vector<i32>(n), std::vector<i32>(n), std::vector<i32>(n * flips)};
-  static Solver<Automaton<false>> solver;
-  solver.budget = budget;
-  solver.match(q.data(), k.data(), static_cast<u32>(n), rule, bits,
-               Output{got.position.data(), got.length.data(), got.flipped.data(), flips, 0});
-  if (got != want) std::abort();
-  if (bits <= DenseAutomaton::kMaxBits) {
-    static Solver<DenseAutomaton> dense;
-    dense.budget = budget;
-    dense.match(q.data(), k.data(), static_cast<u32>(n), rule, bits,
-                Output{got.position.data(), got.length.data(), got.flipped.data(), flips, 0});
-    if (got != want) std::abort();
+  std::vector<u8> flip_at;
+  if (data[5] & 64) {  // flips at some positions; the match stands at the others
+    for (std::size_t i = 0; i < n; ++i) flip_at.push_back((i + data[4]) % (2 + data[2] % 5u) == 0);
+    for (std::size_t i = 0; i < n; ++i)
+      for (unsigned m = 0; m < flips; ++m)
+        if (!flip_at[i]) want.flipped[i * flips + m] = want.position[i];
   }
+  const Case drawn{q,
+                   k,
+                   rule,
+                   bits,
+                   flips,
+                   budget,
+                   data[5] & 128 ? 0u : ~0u,
+                   flip_at.empty() ? nullptr : flip_at.data()};
+  solve<Automaton<false>>(drawn, want);
+  solve<Automaton<true>>(drawn, want);
+  if (bits <= PackedAutomaton::kMaxBits) {
+    solve<DenseAutomaton>(drawn, want);
+    solve<PackedAutomaton>(drawn, want);
+  }
+  if (bits <= LongSmallAutomaton::kMaxBits) solve<LongSmallAutomaton>(drawn, want);
 
   const MemoryOptions options{1, 1, bits, rule, budget.per_symbol, budget.base, 0};
   SuffixMemory memory(options);
+  reference::Result got{std::vector<i32>(n), std::vector<i32>(n), {}};
   const std::size_t chunk = 1 + data[5] % 32u;
   for (std::size_t i = 0; i < n; i += chunk) {
     const std::size_t m = std::min(chunk, n - i);

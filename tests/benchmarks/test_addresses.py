@@ -10,11 +10,12 @@ import pytest
 import torch
 from benchmarks.addresses.coverage import measure
 from benchmarks.addresses.halves import Given, compute_hidden, open_hidden, upper_half
+from benchmarks.addresses.misread import elsewhere, misread
 from benchmarks.addresses.table import collect, plot, render
 from benchmarks.addresses.train import Plan, Text, train_variant
 from benchmarks.addresses.variants import VARIANTS
 
-from rosakit.tuning import RosaConfig, attach
+from rosakit.tuning import RosaConfig, adapters_of, attach, record_matches
 from tests.tuning.tiny import build, tokens
 
 CUT = 1
@@ -42,6 +43,38 @@ def test_the_halves_together_are_the_model(tmp_path, window):
     Given.of(upper).take(hidden, torch.device("cpu"), torch.tensor([2, 0]))
     got = upper(ids[[2, 0]].long(), use_cache=False).logits
     torch.testing.assert_close(got, model(ids[[2, 0]].long(), use_cache=False).logits)
+
+
+@pytest.mark.parametrize("what", ["own", "random"])
+def test_misreads_keep_the_pattern_and_change_the_place(what):
+    position = torch.tensor([[[-1, 0, -1, 1, 2, 0], [-1, -1, -1, 1, 2, -1]]], dtype=torch.int32)
+    for _ in range(20):
+        got = elsewhere(position, what)
+        assert got.dtype == position.dtype
+        assert torch.equal(got < 0, position < 0)
+        own = torch.arange(6).expand_as(got)
+        there = got >= 0
+        assert (got[there] == own[there]).all() if what == "own" else (got < own)[there].all()
+        assert torch.equal(got[:, 0][there[:, 1]], got[:, 1][there[:, 1]])  # alike for all routes
+
+
+def test_a_control_reads_its_own_values_where_the_choice_finds_something():
+    model = build()
+    options = {"address": "token", "address_candidates": 2, "select": 4, "layers": (1,)}
+    attach(model, RosaConfig(**options))
+    (adapter,) = adapters_of(model).values()
+    ids = tokens(1, 60, kinds=4)
+    with record_matches(model) as contexts:
+        model(ids, use_cache=False)
+    found = contexts[-1].matches[1].position
+    misread(adapter, "own")
+    v = torch.randn(1, 60, adapter.channels)
+    y = adapter.read_at(v, found, adapter.e0, adapter.e1)
+    own = torch.where(v > 0, adapter.e1, adapter.e0)
+    there = (found >= 0).transpose(1, 2).repeat_interleave(adapter.bits, -1)
+    torch.testing.assert_close(y, torch.where(there, own, 0.0))
+    assert there.any()
+    assert not there.all()
 
 
 @pytest.mark.parametrize("name", VARIANTS)

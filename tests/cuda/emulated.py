@@ -117,22 +117,36 @@ def launch_stream(
     before: list[int],
     after: list[int],
     capacity: int,
+    streams: int,
+    **macros: int,
 ) -> None:
     """`rosakit.cuda.stream.StreamMemory._launch` under emulation."""
-    library = build("stream")
-    numbers = [*before, capacity, *after]
-    streams = tensors[3 if name == "extend_streams" else 0].shape[:2].numel()
-    function = {"extend_streams": "emulate_extend", "rebuild_runs": "emulate_rebuild"}[name]
-    getattr(library, function)(
-        *map(_pointer, tensors), ctypes.c_uint32(streams), *map(ctypes.c_uint32, numbers)
-    )
+    numbers = [streams, *before, capacity, *after]
+    names = {
+        "extend_streams": "emulate_extend",
+        "step_streams": "emulate_step",
+        "rebuild_runs": "emulate_rebuild",
+    }
+    function = getattr(build("stream", **macros), names[name])
+    function(*map(_pointer, tensors), *map(ctypes.c_uint32, numbers))
 
 
-def stream_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets `StreamMemory` run on the CPU: kernels emulated, the oracle in the matcher's place."""
+def stream_memory(monkeypatch: pytest.MonkeyPatch, saturated: int = 65535) -> None:
+    """Lets `StreamMemory` run on the CPU: kernels emulated, the oracle in the matcher's place.
 
-    def launch(self, name, tensors, before, after):
-        launch_stream(name, tensors, before, after, self.keys.shape[2])
+    Args:
+        saturated: where stored runs stop.
+    """
+
+    def launch(self, name, tensors, before, after, formats=(0, 0)):
+        launch_stream(
+            *(name, tensors, before, after, self.capacity, self.batch * self.routes),
+            NIBBLES=int(self.bits <= 4),
+            M=self.bits,
+            SCALAR=formats[0],
+            E_SCALAR=formats[1],
+            SATURATED=saturated,
+        )
 
     def by_oracle(q, k, *, max_length, min_length, segment_starts):
         rules = {"max_length": max_length, "min_length": min_length}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,3 +89,33 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("ROSAKIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert compile.cache_folder() == tmp_path / "rosakit"
+
+
+def test_threads_launch_with_their_own_arguments(monkeypatch):
+    """Two threads in one kernel's launch: each sees its numbers, whoever comes second."""
+    together = threading.Barrier(2, timeout=20)
+    seen = {}
+
+    class Driver:
+        def cuLaunchKernel(self, function, x, *rest):
+            places = rest[-2]
+            together.wait()  # both have written their arguments
+            words = (ctypes.c_uint64 * 3).from_address(places)
+            values = [ctypes.c_uint64.from_address(at).value for at in words]
+            together.wait()
+            seen.setdefault(x, []).append(values)
+            return (0,)
+
+    monkeypatch.setattr(compile, "_driver", lambda: Driver())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    kernel = compile.Kernel(object(), "stub")
+
+    def launch(number):
+        for turn in range(20):
+            kernel.launch_words((number, 1, 1), 64, [number, 2**40 + turn, number * turn])
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(launch, number) for number in (1, 2)]:
+            done.result()
+    for number in (1, 2):
+        assert seen[number] == [[number, 2**40 + turn, number * turn] for turn in range(20)]

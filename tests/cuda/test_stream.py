@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from rosakit import cuda
+from rosakit import cuda, symbols
 from rosakit.cuda.stream import StreamMemory
 from rosakit.errors import InvalidInputError, InvalidTypeError
 from rosakit.ops.oracle import suffix_match_oracle
+from rosakit.ops.retrieve import retrieve_forward
 from tests.cuda import emulated
 from tests.cuda.test_match_emulated import FAMILIES, pairs
 
@@ -145,3 +146,88 @@ def test_refusals():
         state.extend(x.int(), x.int())
     with pytest.raises(InvalidInputError, match="mask"):
         state.extend(x, x, mask=torch.ones(1, 2, dtype=torch.bool))
+
+
+@pytest.fixture
+def saturating(monkeypatch):
+    """Stored runs stop at 5, so that the history has to say which match is longest."""
+    emulated.stream_memory(monkeypatch, saturated=5)
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("rules", [{}, {"max_length": 9}, {"max_length": 3}, {"min_length": 7}])
+def test_saturated_runs_are_settled_by_the_history(saturating, bits, rules):
+    q, k = streams(130, bits, bits, "cpu")
+    right = suffix_match_oracle(q, k, **rules)
+    state = StreamMemory(1, ROUTES, bits=bits, device="cpu", **rules)
+    at = 0
+    for n in chunks(130, 7):
+        got = state.extend(q[..., at : at + n], k[..., at : at + n])
+        assert torch.equal(got.position, right.position[..., at : at + n]), (at, n)
+        assert torch.equal(got.length, right.length[..., at : at + n]), (at, n)
+        at += n
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not cuda.available(), reason=f"no GPU engine: {cuda.unavailable_reason()}")
+def test_runs_beyond_sixteen_bits():
+    """A constant stream, a periodic one and one with a break: matches longer than 65535."""
+    length = 70_000
+    q = torch.zeros(1, 3, length + 12, dtype=torch.uint8, device="cuda")
+    q[0, 1] = torch.arange(length + 12, device="cuda") % 3
+    q[0, 2, 1000] = 1
+    state = StreamMemory(1, 3, bits=4, device="cuda")
+    state.extend(q[..., :length], q[..., :length])
+    for i in range(length, length + 12):
+        got = state.extend(q[..., i : i + 1], q[..., i : i + 1])
+        assert got.position.flatten().tolist() == [i, i - 2, i]
+        assert got.length.flatten().tolist() == [i, i - 2, i - 1001]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("unmatched", ["zero", "self", "null"])
+@pytest.mark.parametrize("bits", [3, 4, 6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_reading_equals_the_whole_sequence(device, dtype, unmatched, bits, masked):
+    """From channels to values in one kernel, after a chunk that came as symbols."""
+    torch.manual_seed(bits)
+    routes, length = 5, 41
+    few = torch.randn(6, routes * bits, device=device, dtype=dtype)
+    q, k, v = (few[torch.randint(0, 6, (2, length), device=device)] for _ in range(3))
+    e0, e1, null = torch.randn(3, routes * bits, device=device)
+    null = null if unmatched == "null" else None
+    mask = (
+        torch.rand(2, length, device=device) < 0.7
+        if masked
+        else torch.ones(2, length, dtype=torch.bool, device=device)
+    )
+    state = StreamMemory(2, routes, bits=bits, device=device)
+    packed = [symbols.pack(x, bits) for x in (q, k, v)]
+    own = unmatched == "self"
+    state.read_whole(*(x[..., :20] for x in packed), mask=mask[:, :20] if masked else None)
+    ys, positions = [], []
+    at = 20
+    for n in (1, 1, 3, 1, 8, 1, 6):
+        y, found = state.read(
+            *(torch.cat([x[:, at : at + n]] * 2, -1)[..., : routes * bits] for x in (q, k, v)),
+            *(e0, e1, null),
+            mask=mask[:, at : at + n] if masked else None,
+            own=own,
+        )
+        ys.append(y)
+        positions.append(found.position)
+        at += n
+    assert at == length
+    for row in range(2):
+        real = mask[row]
+        right = suffix_match_oracle(*(x[row : row + 1, :, real].cpu() for x in packed[:2]))
+        wanted = retrieve_forward(
+            *(v[row : row + 1, real].cpu(), right.position, e0.cpu(), e1.cpu()),
+            *(None if null is None else null.cpu(), bits, unmatched),
+        )
+        first = int(real[:20].sum())
+        kept = real[20:]
+        assert torch.equal(
+            torch.cat(positions, 2)[row, :, kept].cpu(), right.position[0, :, first:]
+        )
+        assert torch.equal(torch.cat(ys, 1)[row, kept].cpu(), wanted[0, first:])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.evidence import __main__ as command
-from benchmarks.evidence import collect, corpus
+from benchmarks.evidence import collect, corpus, view
 from benchmarks.evidence.arms import arms
 from benchmarks.evidence.figures import draw
 from benchmarks.evidence.measure import Tasks
@@ -53,7 +53,7 @@ def test_a_small_run_shows_what_the_long_one_shows(tmp_path, monkeypatch):
     prepared(tmp_path, monkeypatch)
     began = time.monotonic()
     model = texts.model()
-    tasks = Tasks(WINDOW, 4, (96,), depths=(0.5,), samples=1, pairs=(3,), documents=4)
+    tasks = Tasks(WINDOW, 4, (96,), depths=(0.5,), samples=1, pairs=(3,), documents=4, short=4)
     # Words of the test's vocabulary say nothing about magic numbers.
     monkeypatch.setattr("benchmarks.evidence.measure.make_needles", _needles)
     for name in ("full", "window+sinks", "control", "full+trained", "route", "route-near", "rosa"):
@@ -82,6 +82,8 @@ def test_a_small_run_shows_what_the_long_one_shows(tmp_path, monkeypatch):
     table = markdown(summary)
     assert "| route-near |" in table
     assert "gap closed, late" in table
+    assert "**short contexts, window 16**" in table
+    assert "mqar, lines" in table
     png, svg = draw(summary, tmp_path / "out")
     assert png.stat().st_size > 10_000
     assert svg.name == "w16.svg"
@@ -111,6 +113,42 @@ def test_adapters_train_beside_lora_and_leave_no_trace(tmp_path, monkeypatch):
         assert any("w_q" in n for n in moved) == (name == "adapters")
         learner.remove()
         assert [n for n, _ in model.named_parameters()] == names
+
+
+def test_an_arm_that_cannot_start_leaves_the_model_plain(tmp_path):
+    model = texts.model()
+    before = [name for name, _ in model.named_parameters()]
+    arm = arms(WINDOW)["adapters"]
+    broken = dataclasses.replace(arm, adapters=(0,), options=(("estimator", "none such"),))
+    with pytest.raises(Exception, match="none such"):
+        Learner(model, broken, WINDOW, seed=0)
+    assert [name for name, _ in model.named_parameters()] == before
+    Learner(model, arms(WINDOW)["control"], WINDOW, seed=0).remove()
+
+
+def test_spans_are_hidden_in_a_share_of_the_batches(tmp_path, monkeypatch):
+    prepared(tmp_path, monkeypatch)
+    kinds = {kind: found[0] for kind, found in corpus.load(tmp_path).items()}
+    sizes = Sizes(tokens=24 * LENGTH, block=LENGTH, batch=1, accumulate=1, window=WINDOW)
+    shown: list[bool] = []
+
+    class Recording(Learner):
+        def nll(self, ids):
+            loss = super().nll(ids)
+            shown.append(view._current.seen.view.recall > 0)
+            return loss
+
+    for hide, low, high in ((0.0, 24, 24), (0.5, 4, 20), (1.0, 0, 0)):
+        shown.clear()
+        arm = dataclasses.replace(arms(WINDOW)["rosa"], hide=hide)
+        learner = Recording(texts.model(), arm, WINDOW, seed=0)
+        learner.train(kinds, sizes, 1e9)
+        assert len(shown) == 24
+        assert low <= sum(shown) <= high
+        # Evaluation shows them whatever the training hid.
+        with learner.computing(), torch.no_grad():
+            learner.nll(torch.from_numpy(kinds["code"][:1].astype(np.int64)))
+        assert shown[-1]
 
 
 def test_a_finished_run_is_kept_and_the_same_seed_gives_the_same_batches(tmp_path, monkeypatch):

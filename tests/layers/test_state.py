@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rosakit import cuda, native
+from rosakit.cuda.stream import bytes_a_symbol
 from rosakit.layers import RosaAdapter, RosaContext, RosaStates, device_state
 from rosakit.layers import state as state_module
 from tests.cuda import emulated
@@ -51,9 +52,12 @@ def device(request, monkeypatch):
     if request.param == "cpu":
         emulated.stream_memory(monkeypatch)
         allowed = {"auto": 16, "cuda": None, "cpu": 0}
-        monkeypatch.setattr(state_module, "positions_on_device", lambda a: allowed[a.backend])
+        monkeypatch.setattr(
+            state_module, "positions_on_device", lambda a, batch: allowed[a.backend]
+        )
     else:
-        monkeypatch.setattr(device_state, "AUTO_POSITIONS", 16)
+        # 16 positions of two rows of three routes.
+        monkeypatch.setattr(device_state, "AUTO_BYTES", int(16 * 2 * 3 * bytes_a_symbol(4)))
     return request.param
 
 

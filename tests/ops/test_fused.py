@@ -18,7 +18,7 @@ import torch
 from rosakit.errors import BackendError
 from rosakit.ops import rosa
 from rosakit.ops.estimators.pairwise import Form, attend_naive
-from rosakit.ops.triton.engine import TritonEngine
+from rosakit.ops.triton.engine import TritonEngine, unavailable_reason
 
 BITS = {"gate": "sigmoid", "slope": 2.0, "bias": -1.5}
 HAMMING = {"gate": "exp", "slope": 0.4, "bias": -1.0}
@@ -206,3 +206,15 @@ if __name__ == "__main__":
         measured[case] = compare(case, "cpu")
     _opcheck()
     print(json.dumps({**measured, "opcheck": {}}))
+
+
+def test_the_choice_of_an_engine_is_traced_into_a_graph():
+    """Looking for the CUDA bindings imports C code, which no graph can hold: found on a GPU."""
+    form = Form(**HAMMING, **UTILITY, recurrence="dp")
+    device = torch.device("cuda")  # chosen by name: no tensor has to be there
+
+    def chosen(x):
+        return x if unavailable_reason(device, form, 2, 2) is None else -x
+
+    x = torch.ones(2)
+    assert torch.equal(torch.compile(chosen, fullgraph=True, backend="eager")(x), chosen(x))

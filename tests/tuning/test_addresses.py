@@ -40,6 +40,21 @@ KINDS = {
     "hash_16": {"address": "hash", "bits": 16, "hash_orders": (1, 2), "min_length": 2},
     "refined": {"address": "hash", "bits": 8, "hash_refine": True, "hash_scale": 0.8},
     "refined_shared": {"address": "hash", "hash_refine": True, "shared_qk": True, "bits": 4},
+    "select": {
+        "address": "token",
+        "address_candidates": 3,
+        "far_distance": 9,
+        "select": 6,
+        "select_tiers": (0.0, 0.25, 0.5),
+    },
+    "select_lens": {
+        "address": "token",
+        "address_candidates": 3,
+        "far_distance": 9,
+        "select": 6,
+        "select_tiers": (0.0, 0.25, 0.5),
+        "select_lens": True,
+    },
     "with_route": {"address": "token", "far_distance": 5, "token_route": True},
 }
 COMMON = {"own_value": True, "global_layers": (1,)}

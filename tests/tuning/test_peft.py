@@ -311,3 +311,22 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, change, said):
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=said):
         PeftModel.from_pretrained(build(), tmp_path)
+
+
+def test_modules_of_the_base_that_are_trained_and_saved_whole(tmp_path):
+    model = wrapped(**FULL, modules_to_save=["lm_head"])
+    head = model.get_base_model().lm_head
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    copies = {n for n in trainable if ".modules_to_save." in n}
+    assert len(copies) == 1
+    assert any("rosa" in name for name in trainable - copies)
+    with torch.no_grad():
+        head.modules_to_save["default"].weight.mul_(1.5)
+    expected = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(build()))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build(), tmp_path)
+    assert again.peft_config["default"].modules_to_save == ("lm_head",)
+    assert torch.equal(logits(again), expected)
+    assert torch.equal(logits(again.unload()), logits(build()))

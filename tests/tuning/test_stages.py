@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,3 +169,25 @@ def test_what_makes_no_sense_is_refused():
         TuneConfig(base_from=1.0)
     with pytest.raises(InvalidInputError, match=r"share 0\.\.1"):
         TwoStages(2.0)
+
+
+def test_zeros_fed_to_frozen_parameters_do_not_wear_off_adams_correction():
+    """ZeRO gives the optimizer zeros for what is frozen; plain training gives it nothing."""
+
+    def second_stage(feed_zeros):
+        plain = attach(model(), ROSA)
+        weight = next(iter(base_parameters(plain).values()))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
+        stages, state = TwoStages(0.5), SimpleNamespace(global_step=0, max_steps=40)
+        wrapper = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))
+        stages.on_train_begin(None, state, None, model=plain, optimizer=wrapper)
+        for state.global_step in range(25):
+            stages.on_step_begin(None, state, None, model=plain, optimizer=wrapper)
+            learns = state.global_step >= 20
+            assert weight.requires_grad == learns
+            if learns or feed_zeros:
+                weight.grad = torch.full_like(weight, float(learns) * (state.global_step - 19))
+            optimizer.step()
+        return weight.detach()
+
+    torch.testing.assert_close(second_stage(True), second_stage(False), rtol=0, atol=0)

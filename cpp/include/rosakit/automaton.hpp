@@ -40,6 +40,7 @@ class Automaton {
   using Symbol = std::conditional_t<kWide, u32, u8>;
   using State = std::conditional_t<kWide, WideState, NarrowState>;
   static constexpr u32 kRoot = 0;
+  static constexpr unsigned kMaxBits = 8;  // of `nearest`
   static constexpr std::size_t kMaxSymbols =
       kWide ? (std::size_t{1} << 31) - 2 : std::size_t{1} << 23;
 
@@ -69,6 +70,23 @@ class Automaton {
     if (!has_row(x)) return inline_symbol(x) == s ? x.next : 0;
     return rows_.find(row_of(x), s);
   }
+  /// targets[m]: where `s` with bit m flipped leads from the nearest state at or above `u` that it
+  /// goes on from, or 0, in one walk for all bits. Returns the link steps taken.
+  u32 nearest(u32 u, u32 s, unsigned bits, u32* targets) const
+    requires(!kWide)
+  {
+    u32 root[kMaxBits] = {}, found[kMaxBits] = {}, steps = 0;
+    flips(kRoot, s, bits, root);  // what does not go on from the root never occurred
+    const auto pending = [&] {
+      u32 any = 0;
+      for (unsigned m = 0; m < kMaxBits; ++m) any |= found[m] ? 0 : root[m];
+      return any != 0;
+    };
+    for (; u && pending(); u = link(u), ++steps) flips(u, s, bits, found);
+    for (unsigned m = 0; m < bits; ++m) targets[m] = found[m] ? found[m] : root[m];
+    return steps;
+  }
+
   /// Calls f(symbol, target) for every transition of `u`.
   template <class F>
   void for_each(u32 u, F&& f) const {
@@ -187,6 +205,14 @@ class Automaton {
     else return x.len_sym;
   }
 
+  void flips(u32 u, u32 s, unsigned bits, u32 (&found)[kMaxBits]) const {
+    const State& x = states_[u];
+    if (has_row(x)) {
+      rows_.flips(row_of(x), s, bits, found);
+    } else if (const u32 m = kFlippedBit[(inline_symbol(x) ^ s) & 255u]; m < bits && !found[m]) {
+      found[m] = x.next;
+    }
+  }
   template <class Field, class Value>
   void set(u32 u, u32 area, Field State::* field, Value value) {
     State& x = states_.mut(u);

@@ -5,6 +5,11 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include "rosakit/automaton.hpp"
 
@@ -23,7 +28,7 @@ class Dense {
   void reset(unsigned) {
     if (!rows_.size()) reserve(1);
     size_ = 0;
-    last_ = length_ = 0;
+    last_ = length_ = root_symbols_ = 0;
     new_state(0, kNull);
   }
   void reserve(std::size_t symbols) {
@@ -47,14 +52,45 @@ class Dense {
       if (rows_[u].next[s]) f(s, u32{rows_[u].next[s]});
   }
 
-  Appended append(u32 c) {
+  /// The symbols that go on from `u`, as a set.
+  u64 symbols(u32 u) const {
+    Parts row;
+    std::memcpy(&row, &rows_[u], sizeof row);
+    return ~row.missing() & ((u32{1} << kWidth) - 1);
+  }
+
+  /// targets[m]: where `s` with bit m flipped leads from the nearest state at or above `u` that it
+  /// goes on from, or 0. Whole rows are merged on the way to the root: asking for one symbol after
+  /// the other mispredicts where each is found. Returns the link steps taken.
+  u32 nearest(u32 u, u32 s, unsigned bits, u32* targets) const {
+    u32 wanted = 0;
+    for (unsigned m = 0; m < bits; ++m) wanted |= u32{1} << (s ^ (u32{1} << m));
+    wanted &= root_symbols_;
+    Parts merged;
+    std::memcpy(&merged, &rows_[u], sizeof merged);
+    u32 steps = 0;
+    for (; u && (merged.missing() & wanted); steps += 2)
+      for (int i = 0; i < 2; ++i) {  // the root is its own link
+        u = meta_[u].link;
+        merged.merge(rows_[u]);
+      }
+    Row row;
+    std::memcpy(&row, &merged, sizeof row);
+    for (unsigned m = 0; m < bits; ++m) targets[m] = row.next[s ^ (u32{1} << m)];
+    return steps;
+  }
+
+  [[gnu::always_inline]] Appended append(u32 c) {
     const u32 cur = new_state(length_ + 1, static_cast<i32>(length_));
     ++length_;
     u32 p = last_, t;
     last_ = cur;
     for (; (t = rows_[p].next[c]) == 0; p = meta_[p].link) {
       rows_[p].next[c] = static_cast<Id>(cur);
-      if (p == 0) return {cur, 0, 0};
+      if (p == 0) {
+        root_symbols_ |= u32{1} << c;
+        return {cur, 0, 0};
+      }
     }
     const u32 plen = meta_[p].len + 1u;
     if (meta_[t].len == plen) {
@@ -93,6 +129,35 @@ class Dense {
   struct alignas(kWidth * sizeof(Id)) Row {
     Id next[kWidth];
   };
+  /// A row as vectors of 16 bytes.
+  struct Parts {
+    typedef Id Vector __attribute__((vector_size(16)));  // `using` takes no dependent type
+    static constexpr std::size_t kLanes = 16 / sizeof(Id), kCount = sizeof(Row) / 16;
+    Vector part[kCount];
+
+    /// Fills what is 0 from `row`.
+    void merge(const Row& row) {
+      Vector other[kCount];
+      std::memcpy(other, &row, sizeof other);
+      for (std::size_t i = 0; i < kCount; ++i)
+        part[i] |= other[i] & (Vector)(part[i] == 0);
+    }
+    /// The set of the symbols without a target.
+    u32 missing() const {
+#if defined(__SSE2__)
+      if constexpr (kLanes == 8 && kCount == 2) {
+        const __m128i zero = _mm_setzero_si128();
+        const auto lane = [&](int i) {
+          return _mm_cmpeq_epi16(reinterpret_cast<const __m128i&>(part[i]), zero);
+        };
+        return static_cast<u32>(_mm_movemask_epi8(_mm_packs_epi16(lane(0), lane(1))));
+      }
+#endif
+      u32 set = 0;
+      for (u32 s = 0; s < kWidth; ++s) set |= u32{part[s / kLanes][s % kLanes] == 0} << s;
+      return set;
+    }
+  };
   struct alignas(4 * sizeof(Id)) Meta {
     Id link, len;
     End end;
@@ -107,7 +172,7 @@ class Dense {
 
   Buffer<Row> rows_;
   Buffer<Meta> meta_;
-  u32 size_ = 0, last_ = 0, length_ = 0;
+  u32 size_ = 0, last_ = 0, length_ = 0, root_symbols_ = 0;
 };
 
 using DenseAutomaton = Dense<u16, 4>;

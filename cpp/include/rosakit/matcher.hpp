@@ -10,7 +10,8 @@ struct Shape {
 };
 
 /// One call's arrays, C-contiguous: q, k, position, length [B, R, T]; segment_starts [B, T] or null
-/// (-1 at padding); flipped [B, R, T, flip_bits] or null.
+/// (-1 at padding); flipped [B, R, T, flip_bits] or null; flip_at [B, T] or null: nonzero where the
+/// flips are computed, elsewhere `flipped` repeats `position`.
 template <class T>
 struct MatchCall {
   const T* q = nullptr;
@@ -22,6 +23,7 @@ struct MatchCall {
   unsigned flip_bits = 0;
   Shape shape;
   Rule rule;
+  const u8* flip_at = nullptr;
 };
 
 /// The exact match of semantics 2 for every stream. Throws std::invalid_argument for negative

@@ -8,6 +8,8 @@
 // depends on how repetitive the streams are.
 #pragma once
 
+#include <array>
+
 #include "rosakit/stream.hpp"
 
 namespace rosakit {
@@ -89,23 +91,37 @@ class Offline {
     hops_ = flips;
     if (flips) build_hops(n);
     recency_.reset(symbols);
+    previous_.resize(symbols);
+    newest_.fill(kNull);
     known_ = 0;
   }
 
-  /// Makes the ends 0..last known to `latest`.
-  void reveal(i32 last) {
-    for (; known_ <= last; ++known_) recency_.put(slot_[static_cast<u32>(known_)], known_);
+  /// Makes the ends 0..last of `keys` known to `latest`.
+  template <class Keys>
+  void reveal(i32 last, const Keys& keys) {
+    for (; known_ <= last; ++known_) {
+      const auto e = static_cast<u32>(known_);
+      recency_.put(slot_[e], known_);
+      i32& newest = newest_[keys[e] % newest_.size()];
+      previous_[e] = newest;
+      newest = known_;
+    }
   }
 
-  /// Latest known end of state `u`.
-  i32 latest(u32 u) const {
+  /// Latest known end of state `u`, whose strings end in symbol `s`: few slots are looked through,
+  /// otherwise the last ends of `s` before the tree of maxima.
+  i32 latest(u32 u, u32 s) const {
     const u32 b = begin_[u], n = slots_[u];
-    const i32 oldest = known_ > 32 ? known_ - 32 : 0;
-    for (i32 e = known_; e-- > oldest;)
-      if (slot_[static_cast<u32>(e)] - b < n) return e;
+    if (n > 8) {
+      i32 e = newest_[s % newest_.size()];
+      for (int tries = 0; e != kNull && tries < 16; ++tries, e = previous_[static_cast<u32>(e)])
+        if (slot_[static_cast<u32>(e)] - b < n) return e;
+    }
     return recency_.max(b, b + n);
   }
 
+  /// Whether symbol `s` is among keys[0..by].
+  bool seen(u32 s, i32 by) const { return target(0, s, by) != 0; }
   bool occurs(u32 u, i32 by) const { return first_[u] <= by; }
 
   /// The longest suffix of the place `from` that can be followed by `s` within keys[0..by]:
@@ -179,7 +195,9 @@ class Offline {
     for (u32 k = 0; k < n; ++k) {
       const u32 u = order_[k];
       u64 set = 0;
-      tree_->for_each(u, [&](u32 s, u32) { set |= u64{1} << (s & 63u); });
+      if constexpr (requires { tree_->symbols(u); })
+        set = tree_->symbols(u);
+      else tree_->for_each(u, [&](u32 s, u32) { set |= u64{1} << (s & 63u); });
       symbols_[u] = set;
       const u32 p = u ? tree_->link(u) : 0;
       hop_[u] = symbols_[p] == set ? hop_[p] : p;
@@ -194,6 +212,8 @@ class Offline {
   Buffer<u32> hop_;
   bool hops_ = false;
   RecencyTree recency_;
+  Buffer<i32> previous_;  // of an end: the end before it whose symbol is the same modulo 64
+  std::array<i32, 64> newest_{};
   i32 known_ = 0;
 };
 

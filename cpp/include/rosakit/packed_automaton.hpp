@@ -40,19 +40,60 @@ class PackedAutomaton {
   [[gnu::always_inline]] void prefetch_target(u32 u, u32 s) const {
     __builtin_prefetch(&nodes_[find(u, s)]);
   }
+  [[gnu::always_inline]] void prefetch_state(u32 u) const { __builtin_prefetch(&nodes_[u]); }
   template <class F>
   void for_each(u32 u, F&& f) const {
     for (u32 s = 0; s < 16; ++s)
       if (const u32 t = find(u, s)) f(s, t);
   }
 
-  Appended append(u32 c) {
+  /// Whether `symbols` and `nearest` will be asked for; said before the stream is appended.
+  void keep_symbols(bool keep) { keeps_symbols_ = keep; }
+  /// The symbols that go on from `u`, as a set.
+  u64 symbols(u32 u) const { return nodes_[u].symbols; }
+
+  /// targets[m]: where `s` with bit m flipped leads from the nearest state at or above `u` that it
+  /// goes on from, or 0. Every bit's state is chosen without branches on the way to the root, and
+  /// the targets are read at the end, all at once. Returns the link steps taken.
+  u32 nearest(u32 u, u32 s, unsigned bits, u32* targets) const {
+    u32 from[kMaxBits], wanted = 0, steps = 0;
+    for (unsigned m = 0; m < bits; ++m) wanted |= u32{1} << (s ^ (u32{1} << m));
+    wanted &= nodes_[0].symbols;
+    for (u32& state : from) state = u;
+    for (; wanted & ~nodes_[u].symbols; steps += 2)
+      for (int i = 0; i < 2; ++i) {  // the root is its own link
+        const u32 set = nodes_[u].symbols;
+        u = nodes_[u].link;
+        for (unsigned m = 0; m < kMaxBits; ++m)
+          from[m] = set >> ((s ^ (u32{1} << m)) & 15u) & 1u ? from[m] : u;
+      }
+    for (unsigned m = 0; m < bits; ++m) targets[m] = find(from[m], s ^ (u32{1} << m));
+    return steps;
+  }
+
+  Appended append(u32 c) { return keeps_symbols_ ? append_to<true>(c) : append_to<false>(c); }
+
+  u32 propagate(u32 u, i32 position) {
+    u32 steps = 0;
+    for (u32 v = nodes_[u].link; v != 0; steps += 2)
+      for (int i = 0; i < 2; ++i) {  // the root is its own link, and its end is never read
+        nodes_[v].end = position;
+        prefetch_target(v, ahead_);
+        v = nodes_[v].link;
+      }
+    return steps;
+  }
+
+ private:
+  template <bool kSets>
+  Appended append_to(u32 c) {
     const u32 cur = new_state(length_ + 1, static_cast<i32>(length_));
     ++length_;
     u32 p = last_, t;
     last_ = cur;
     for (; (t = find(p, c)) == 0; p = nodes_[p].link) {
       store(p, c, cur);
+      if constexpr (kSets) nodes_[p].symbols |= u32{1} << c;
       if (p == 0) return {cur, 0, 0};
     }
     const u32 plen = nodes_[p].len + 1;
@@ -71,22 +112,12 @@ class PackedAutomaton {
     return {cur, clone, t};
   }
 
-  u32 propagate(u32 u, i32 position) {
-    u32 steps = 0;
-    for (u32 v = nodes_[u].link; v != 0; v = nodes_[v].link, ++steps) {
-      nodes_[v].end = position;
-      prefetch_target(v, ahead_);
-    }
-    return steps;
-  }
-
- private:
   static constexpr u32 kTarget = (u32{1} << 24) - 1;
   struct alignas(64) Node {
     u8 next[48];  // 16 targets of 3 bytes
     u32 link, len;
     i32 end;
-    u32 unused;
+    u32 symbols;  // the set of those that go on
   };
 
   /// Four bytes from a target's first on; the last target's fourth byte is the link's first.
@@ -109,6 +140,7 @@ class PackedAutomaton {
 
   Buffer<Node> nodes_;
   u32 size_ = 0, last_ = 0, length_ = 0, ahead_ = 0;
+  bool keeps_symbols_ = true;
 };
 
 }  // namespace rosakit

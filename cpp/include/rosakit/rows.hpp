@@ -11,6 +11,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -19,6 +20,14 @@
 #include "rosakit/storage.hpp"
 
 namespace rosakit {
+
+/// Of the XOR of two symbols below 256: the bit they differ in, or 8 if it is not just one.
+inline constexpr std::array<u8, 256> kFlippedBit = [] {
+  std::array<u8, 256> table{};
+  for (u32 x = 0; x < 256; ++x)
+    table[x] = static_cast<u8>(std::has_single_bit(x) ? std::countr_zero(x) : 8);
+  return table;
+}();
 
 /// How a state refers to its row; `used` counts entries (wide, hashed rows only).
 struct RowRef {
@@ -60,6 +69,20 @@ class Rows {
       }
       return word >> 8;
     }
+  }
+
+  /// Narrow: where `s` with each of its lowest `bits` bits flipped leads to goes to found[m] if
+  /// that is still 0. Entries are sorted by the bit they differ in, not looked for bit by bit.
+  void flips(RowRef row, u32 s, unsigned bits, u32 (&found)[8]) const {
+    const u32* r = words(row);
+    u32 here[9] = {};  // the last one takes what differs otherwise
+    if (row.cls == direct_) {
+      for (unsigned m = 0; m < bits; ++m) here[m] = r[s ^ (u32{1} << m)];
+    } else {
+      for (u32 i = 0; i < capacity(row.cls); ++i)
+        here[r[i] ? kFlippedBit[(r[i] ^ s) & 255u] : 8] = r[i] >> 8;
+    }
+    for (unsigned m = 0; m < 8; ++m) found[m] = found[m] ? found[m] : here[m];
   }
 
   template <class F>

@@ -43,7 +43,8 @@ struct RunStream {
     const bool fresh = see_query(q);
     if (fresh) {
       if (flip_bits) {
-        walked += stream.flips(q, flip_bits, rule.max_length, flips);
+        const bool lengths = rule.min_length > 1 || rule.max_length != kUnlimited;
+        walked += stream.flips(q, flip_bits, rule.max_length, flips, lengths);
         for (unsigned m = 0; m < flip_bits; ++m) flips[m] = successor(flips[m]);
       }
       stream.advance(q, rule.max_length);

@@ -162,8 +162,17 @@ struct Stream {
   Hit hit() { return at.length ? Hit{latest(at.state), at.length} : Hit{}; }
 
   /// For each bit m < bits: the match of the query whose next symbol is s with bit m flipped.
-  /// Returns the link steps taken.
-  u32 flips(u32 s, unsigned bits, u32 cap, Hit* out) const {
+  /// Without `lengths`, a match's length need only be right in being 0 or not. Returns the link
+  /// steps taken.
+  u32 flips(u32 s, unsigned bits, u32 cap, Hit* out, bool lengths = true) const {
+    if constexpr (requires(u32* targets) { tree.nearest(0u, 0u, 0u, targets); }) {
+      if (!lengths) {
+        u32 targets[Tree::kMaxBits];
+        const u32 taken = tree.nearest(at.state, s, bits, targets);
+        for (unsigned m = 0; m < bits; ++m) out[m] = {tree.end(targets[m]), targets[m] != 0};
+        return taken;
+      }
+    }
     u32 pending = 0, steps = 0;
     for (unsigned m = 0; m < bits; ++m) {
       out[m] = {};

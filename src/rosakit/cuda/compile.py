@@ -61,6 +61,32 @@ class Kernel:
         self._function = function
         self._name = name
         self._allowed = _DEFAULT_SHARED
+        self._block = threading.local()  # a thread that launches fills its own
+
+    def launch_words(
+        self, grid: tuple[int, int, int], threads: int, numbers: Sequence[int]
+    ) -> None:
+        """Queue the kernel with pointers and whole numbers of up to 64 bits: little host work.
+
+        A number is read as wide as its parameter is (little-endian).
+
+        Raises:
+            BackendError: the driver refuses the launch.
+        """
+        block = self._block
+        if not hasattr(block, "slots"):
+            block.slots = (ctypes.c_uint64 * len(numbers))()
+            first = ctypes.addressof(block.slots)
+            places = range(first, first + 8 * len(numbers), 8)
+            block.places = (ctypes.c_uint64 * len(numbers))(*places)
+            block.address = ctypes.addressof(block.places)
+        block.slots[:] = numbers
+        stream = torch.cuda.current_stream().cuda_stream
+        result = _driver().cuLaunchKernel(
+            self._function, *grid, threads, 1, 1, 0, stream, block.address, 0
+        )
+        if result[0] != 0:
+            _check(result, self._name)
 
     def launch(
         self,
@@ -181,6 +207,13 @@ def _load_module(cubin: bytes, names: Sequence[str]) -> dict[str, Kernel]:
         (function,) = _check(driver.cuModuleGetFunction(module, name.encode()), name)
         kernels[name] = Kernel(function, name)
     return kernels
+
+
+@functools.cache
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
 
 
 def _check(result: Sequence[Any], what: str) -> Sequence[Any]:

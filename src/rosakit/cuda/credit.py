@@ -211,7 +211,7 @@ def _kernels(x: Tensor, e0: Tensor, bits: int, *, fixed: bool) -> dict[str, comp
         "E_SCALAR": _FORMATS[e0.dtype],
         "FIXED": int(fixed),
     }
-    return compile.load(("credit.cu",), _KERNELS, macros, x.device)
+    return compile.load(("format.cuh", "credit.cu"), _KERNELS, macros, x.device)
 
 
 def _check_formats(x: Tensor, e0: Tensor, bits: int) -> None:

@@ -7,7 +7,7 @@ step needs no transfer and no synchronisation. `docs/guides/backends.md` says wh
 
 from __future__ import annotations
 
-import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -16,12 +16,37 @@ from rosakit.cuda import compile, matcher
 from rosakit.errors import InvalidInputError, InvalidTypeError
 from rosakit.types import NO_MATCH, Match
 
-_KERNELS = ("extend_streams", "rebuild_runs")
+_KERNELS = ("extend_streams", "step_streams", "rebuild_runs")
 _THREADS = 512
+_SOURCES = ("format.cuh", "stream.cu")
+_UNLIMITED = 0xFFFFFFFF
 STEPS = 8
 """Chunks up to this length go symbol by symbol; longer ones through the whole-sequence matcher."""
-BYTES_A_SYMBOL = 6
-"""State of one symbol of one stream: its query, its key and the run at its lag."""
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def bytes_a_symbol(bits: int) -> float:
+    """State of one symbol of one stream: query, key and value, and the run at its lag."""
+    return 3 * symbol_bytes(bits) + 2
+
+
+def symbol_bytes(bits: int) -> float:
+    """Bytes of a stored symbol: two of up to four bits lie in one."""
+    return 0.5 if bits <= 4 else 1.0
+
+
+def folded(symbols: Tensor, bits: int) -> Tensor:
+    """uint8 symbols ``[..., n]`` as they are stored; n is even."""
+    if bits > 4:
+        return symbols.contiguous()
+    return symbols[..., ::2] | symbols[..., 1::2] << 4
+
+
+def unfolded(stored: Tensor, bits: int) -> Tensor:
+    """What `folded` was made of."""
+    if bits > 4:
+        return stored
+    return torch.stack([stored & 15, stored >> 4], dim=-1).flatten(-2)
 
 
 class StreamMemory:
@@ -65,18 +90,31 @@ class StreamMemory:
         self.routes, self.bits = routes, bits
         self.max_length, self.min_length = max_length, min_length
         self.device = torch.device(device)
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.queries, self.keys = (
-            torch.empty((batch, routes, 0), dtype=torch.uint8, device=device) for _ in range(2)
+        self.batch = batch
+        self.queries, self.keys, self.values = (
+            torch.empty((batch, routes, 0), dtype=torch.uint8, device=device) for _ in range(3)
         )
-        self.runs = torch.empty((batch, routes, 0), dtype=torch.int32, device=device)
+        self.runs = torch.empty((batch, routes, 0), dtype=torch.int16, device=device)
         self._most = 0  # a bound of the lengths that the host knows
-        self._ragged = False  # whether rows may differ in length
+        self._ragged: Tensor | None = None  # int64 [B] once rows may differ in length
+
+    @property
+    def lengths(self) -> Tensor:
+        """Symbols of each row, int64 ``[B]`` on the device."""
+        if self._ragged is not None:
+            return self._ragged
+        return torch.full((self.batch,), self._most, dtype=torch.int64, device=self.device)
+
+    @property
+    def capacity(self) -> int:
+        """Symbols of a stream that there is room for."""
+        return int(self.runs.shape[2])
 
     @property
     def nbytes(self) -> int:
         """Bytes of GPU memory held."""
-        return BYTES_A_SYMBOL * self.keys.numel()
+        tables = (self.queries, self.keys, self.values, self.runs)
+        return sum(x.numel() * x.element_size() for x in tables)
 
     def extend(self, q: Tensor, k: Tensor, *, mask: Tensor | None = None) -> Match:
         """Match a chunk of symbols and remember it: what one whole-sequence match would say.
@@ -94,12 +132,114 @@ class StreamMemory:
         self._check(q, k, mask)
         n = q.shape[2]
         self._reserve(self._most + n)
-        if mask is not None:
-            mask, self._ragged = mask.to(self.device, torch.bool), True
+        mask = self._unequal(mask)
         small = n <= STEPS or self._most + n > matcher.MAX_POSITIONS
-        return self._step(q, k, mask) if small else self._whole(q, k, mask)
+        return self._extend(q, k, mask) if small else self._whole(q, k, mask)
 
-    def _step(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Match:
+    def read(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        e0: Tensor,
+        e1: Tensor,
+        e_null: Tensor | None,
+        *,
+        mask: Tensor | None = None,
+        own: bool = False,
+        match: bool = True,
+    ) -> tuple[Tensor, Match | None]:
+        """`extend` from channels to the values read, in one kernel: short chunks only.
+
+        Args:
+            q, k, v: ``[B, n, C]`` with ``C = R * bits``, of one dtype, tokens equally far apart.
+            e0, e1, e_null: levels ``[C]``, as `rosakit.ops.retrieve`.
+            mask: as `extend`.
+            own: a null reads the position's own value.
+            match: whether the match is wanted, too.
+
+        Returns:
+            ``y [B, n, C]`` and the match ``[B, R, n]``, or None.
+        """
+        batch, n, channels = v.shape
+        self._reserve(self._most + n)
+        kept = self._unequal(mask)
+        y = torch.empty((batch, n, channels), dtype=v.dtype, device=v.device)
+        found = None
+        if match:
+            position = torch.empty((batch, self.routes, n), dtype=torch.int32, device=v.device)
+            found = Match(position, torch.empty_like(position))
+        self._launch(
+            "step_streams",
+            [
+                *(q, k, v, e0, e1, e_null),
+                None if kept is None else kept.to(torch.uint8).contiguous(),
+                *(self.queries, self.keys, self.values, self.runs, self._ragged, y),
+                *((None, None) if found is None else found[:2]),
+            ],
+            [self._most, self.routes, n],
+            [self.max_length or _UNLIMITED, self.min_length, v.stride(1), int(own)],
+            (_FORMATS[v.dtype], _FORMATS[e0.dtype]),
+        )
+        self._grow(n, kept)
+        return y, found
+
+    def fits(self, channels: list[Tensor], e0: Tensor) -> bool:
+        """Whether `read` takes these q, k and v."""
+        batch, n, width = channels[-1].shape
+        stride = channels[-1].stride(1)
+        return (
+            n <= STEPS
+            and n * batch > 0
+            and channels[-1].dtype in _FORMATS
+            and e0.dtype in _FORMATS
+            and all(
+                x.stride(2) == 1
+                and x.stride(1) == stride
+                and (batch == 1 or x.stride(0) == n * stride)
+                and x.dtype == channels[-1].dtype
+                and x.shape[2] == width
+                for x in channels
+            )
+        )
+
+    def read_whole(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, own: bool = False
+    ) -> tuple[Tensor, Match]:
+        """`read` of a chunk of any length, from symbols to symbols.
+
+        Args:
+            q, k, v: uint8 ``[B, R, n]``.
+            own: a null reads the position's own value.
+
+        Returns:
+            The value symbols read ``[B, R, n]``, anything where nothing was found, and the match.
+        """
+        n = q.shape[2]
+        self._reserve(self._most + n)
+        mask = self._unequal(mask)
+        before, most = self.lengths, self._most
+        if n <= STEPS or most + n > matcher.MAX_POSITIONS:
+            found = self._extend(q, k, mask)
+        else:
+            found = self._whole(q, k, mask)
+        place, column = self.places(before, most, n, mask)
+        table = self._room(unfolded(self.values, self.bits))
+        table.scatter_(2, column[:, None].expand_as(v), v)
+        self.values = folded(table[..., : self.capacity], self.bits)
+        position = found.position
+        if own:
+            position = torch.where(position >= 0, position, place[:, None].to(torch.int32))
+        return table.gather(2, position.clamp(min=0).to(torch.int64)), found
+
+    def _unequal(self, mask: Tensor | None) -> Tensor | None:
+        """The mask on the device; from the first on, rows count for themselves."""
+        if mask is None:
+            return None
+        self._ragged = self.lengths
+        return mask.to(self.device, torch.bool)
+
+    def _extend(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Match:
         position = torch.empty(q.shape, dtype=torch.int32, device=self.device)
         length = torch.empty_like(position)
         _, routes, n = q.shape
@@ -109,30 +249,37 @@ class StreamMemory:
                 "extend_streams",
                 [
                     *(q.contiguous(), k.contiguous(), kept),
-                    *(self.queries, self.keys, self.runs, self.lengths),
+                    *(self.queries, self.keys, self.runs, self._ragged),
                     *(position, length),
                 ],
-                [routes, n],
-                [self.max_length or 0xFFFFFFFF, self.min_length],
+                [self._most, routes, n],
+                [self.max_length or _UNLIMITED, self.min_length],
             )
         self._grow(n, mask)
         return Match(position, length)
+
+    def _room(self, table: Tensor) -> Tensor:
+        """The table and a column for what is masked."""
+        return torch.nn.functional.pad(table, (0, 1))
 
     def _whole(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Match:
         """The whole history once more, by the matcher; then the runs of the newest position."""
         batch, routes, n = q.shape
         own, place = self.places(self.lengths, self._most, n, mask)
         index = place[:, None].expand(batch, routes, n)
-        self.queries.scatter_(2, index, q)
-        self.keys.scatter_(2, index, k)
+        history = []
+        for name, chunk in (("queries", q), ("keys", k)):
+            table = self._room(unfolded(getattr(self, name), self.bits))
+            table.scatter_(2, index, chunk)
+            setattr(self, name, folded(table[..., : self.capacity], self.bits))
+            history.append(table)
         self._grow(n, mask)
         starts = None
-        if self._ragged:
+        if self._ragged is not None:
             column = torch.arange(self._most, device=self.device)
             starts = torch.where(column < self.lengths[:, None], 0, -1).to(torch.int32)
         position, length, _ = matcher.match(
-            self.queries[..., : self._most].contiguous(),
-            self.keys[..., : self._most].contiguous(),
+            *(x[..., : self._most].contiguous() for x in history),
             max_length=self.max_length,
             min_length=self.min_length,
             segment_starts=starts,
@@ -168,43 +315,56 @@ class StreamMemory:
         return self._most
 
     def _grow(self, n: int, mask: Tensor | None) -> None:
-        self.lengths = self.lengths + (n if mask is None else mask.sum(1))
+        if self._ragged is not None:
+            self._ragged = self._ragged + (n if mask is None else mask.sum(1))
         self._most += n
 
     def _rebuild(self) -> None:
         if self.keys.numel():
             self._launch(
                 "rebuild_runs",
-                [self.queries, self.keys, self.runs, self.lengths],
-                [self.routes],
-                [self.max_length or 0xFFFFFFFF],
+                [self.queries, self.keys, self.runs, self._ragged],
+                [self._most, self.routes],
+                [],
             )
 
     def _launch(
-        self, name: str, tensors: list[Tensor | None], before: list[int], after: list[int]
+        self,
+        name: str,
+        tensors: list[Tensor | None],
+        before: list[int],
+        after: list[int],
+        formats: tuple[int, int] = (0, 0),
     ) -> None:
+        kernel = self._kernel(name, formats)
+        numbers = [0 if x is None else x.data_ptr() for x in tensors]
+        numbers += [*before, self.capacity, *after]
+        grid = (self.batch * self.routes, 1, 1)
+        if self.device.index in (None, torch.cuda.current_device()):
+            kernel.launch_words(grid, _THREADS, numbers)
+            return
         with torch.cuda.device(self.device):
-            kernel = compile.load(("stream.cu",), _KERNELS, {}, self.device)[name]
-            arguments = [compile.pointer(x) for x in tensors]
-            arguments += [compile.unsigned(x) for x in before]
-            arguments += [(self.keys.shape[2], ctypes.c_size_t)]
-            arguments += [compile.unsigned(x) for x in after]
-            streams = self.keys.shape[0] * self.routes
-            kernel.launch((streams, 1, 1), _THREADS, 0, arguments)
+            kernel.launch_words(grid, _THREADS, numbers)
+
+    def _kernel(self, name: str, formats: tuple[int, int]) -> compile.Kernel:
+        index = self.device.index
+        index = torch.cuda.current_device() if index is None else index
+        return _kernels(self.bits, *formats, index)[name]
 
     def _reserve(self, length: int) -> None:
-        """Room for `length` symbols and a spare column; half as much again when it grows."""
-        capacity = self.keys.shape[2]
+        """Room for `length` symbols and a spare column; an eighth more when it grows."""
+        capacity = self.capacity
         if length < capacity:
             return
-        grown = max(length + 1, capacity + capacity // 2, 256)
-        extra = -(-grown // 16) * 16 - capacity
-        for name in ("queries", "keys", "runs"):
+        grown = max(length + 1, capacity + capacity // 8, 256)
+        grown = -(-grown // 32) * 32
+        for name in ("queries", "keys", "values", "runs"):
             held = getattr(self, name)
-            setattr(self, name, torch.nn.functional.pad(held, (0, extra)))
+            wanted = grown if name == "runs" else int(grown * symbol_bytes(self.bits))
+            setattr(self, name, torch.nn.functional.pad(held, (0, wanted - held.shape[2])))
 
     def _check(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-        expected = [len(self.lengths), self.routes]
+        expected = [self.batch, self.routes]
         if q.dim() != 3 or list(q.shape[:2]) != expected or q.shape != k.shape:
             raise InvalidInputError(
                 f"q and k must have shape [B, R, n] with [B, R] = {expected}, got "
@@ -232,29 +392,43 @@ class StreamMemory:
             min_length=self.min_length,
             device=self.device,
         )
-        for name in ("lengths", "queries", "keys", "runs"):
+        for name in ("queries", "keys", "values", "runs"):
             setattr(made, name, getattr(self, name)[rows])
-        made._most, made._ragged = self._most, self._ragged
+        made._most = self._most
+        made._ragged = None if self._ragged is None else self._ragged[rows]
         return made
 
     def fork(self) -> StreamMemory:
         """An independent copy."""
-        return self.index_select(torch.arange(len(self.lengths)))
+        return self.index_select(torch.arange(self.batch))
 
     def truncate(self, lengths: Tensor | int) -> None:
         """Forget what lies past the given length of each row."""
+        before = self.lengths
         if isinstance(lengths, int):
             self._most = min(self._most, lengths)
         elif lengths.device.type == "cpu":  # asking for the values is free there
             self._most = min(self._most, int(lengths.max()))
-            self._ragged |= bool((lengths != lengths[0]).any())
-        else:
-            self._ragged = True
-        kept = torch.as_tensor(lengths, device=self.device)
-        self.lengths = torch.minimum(self.lengths, kept)
+            if self._ragged is None and bool((lengths != lengths[0]).any()):
+                self._ragged = before
+        elif self._ragged is None:
+            self._ragged = before
+        if self._ragged is not None:
+            self._ragged = torch.minimum(before, torch.as_tensor(lengths, device=self.device))
         self._rebuild()
 
     def reset(self) -> None:
         """Forget everything."""
         self.truncate(0)
-        self._ragged = False
+        self._ragged = None
+
+    def history(self) -> list[Tensor]:
+        """Queries, keys and values, uint8 ``[B, R, capacity]``; rows fill their first places."""
+        return [unfolded(x, self.bits) for x in (self.queries, self.keys, self.values)]
+
+
+@functools.cache
+def _kernels(bits: int, scalar: int, level: int, index: int) -> dict[str, compile.Kernel]:
+    macros = {"NIBBLES": int(bits <= 4), "M": bits, "SCALAR": scalar, "E_SCALAR": level}
+    with torch.cuda.device(index):
+        return compile.load(_SOURCES, _KERNELS, macros, torch.device("cuda", index))

@@ -100,7 +100,7 @@ def _measure(
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of keys, values and streaming states in a cache.
+    """Bytes of keys, values, streaming states and copied weights in a cache.
 
     Views that share one buffer count once, and the buffer counts as a whole.
     """
@@ -113,5 +113,6 @@ def cache_bytes(cache: Any) -> int:
                 if storage.data_ptr() not in seen:
                     seen.add(storage.data_ptr())
                     total += storage.nbytes()
-        total += getattr(getattr(layer, "states", None), "nbytes", 0)
+        states = getattr(layer, "states", None)
+        total += 0 if states is None else states.nbytes + states.copies.nbytes
     return total

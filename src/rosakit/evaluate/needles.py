@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rosakit.errors import InvalidInputError
 
-__all__ = ["Needle", "Question", "make_needles"]
+__all__ = ["Needle", "Question", "make_needles", "neutral_sentences"]
 
 Question = Literal["repeat", "paraphrase"]
 
@@ -133,7 +133,7 @@ def make_needles(
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     prefix = list(tokenizer("").input_ids)
-    hay = encode(_filler(seed) if haystack is None else haystack)
+    hay = encode(neutral_sentences(seed) if haystack is None else haystack)
     if not hay:
         raise InvalidInputError("the haystack holds no tokens; give a text")
     boundaries = {index for text in (".", "!", "?", "\n") for index in encode(text)[-1:]}
@@ -211,7 +211,8 @@ def _sentence_end(straw: list[int], place: int, boundaries: set[int]) -> int:
     return place
 
 
-def _filler(seed: int) -> str:
+def neutral_sentences(seed: int | str) -> str:
+    """Text that says nothing of interest: 2,000 short sentences in an order of their own."""
     random_ = random.Random(f"haystack {seed}")
     sentences = [sentence.rstrip(".") for sentence in _SENTENCES]
     return "".join(f" {random_.choice(sentences)}." for _ in range(2000))

@@ -10,13 +10,14 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rosakit.errors import InvalidInputError
 from rosakit.evaluate.grids import GridResult, Outcome, gather_grid
+from rosakit.evaluate.needles import neutral_sentences
 from rosakit.evaluate.scores import Progress, Scorer, device_of, model_scorer
 
 __all__ = ["Prompt", "copy_prompts", "copying", "measure_prompts", "mqar", "mqar_prompts"]
@@ -58,18 +59,23 @@ def mqar_prompts(
     pairs: Sequence[int],
     *,
     samples: int = 2,
+    form: Literal["tokens", "lines"] = "tokens",
     seed: int = 0,
 ) -> list[Prompt]:
     """Multi-query associative recall (Arora et al., 2023) in words of the model's vocabulary.
 
-    ``key value`` lines, filler up to `length`, then all keys again in another order, each to be
-    answered by its value. Keys and values are different single-token words.
+    All pairs told, filler up to `length`, then all keys again in another order, each to be
+    answered by its value. Keys and values are different words.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         lengths: tokens of a prompt.
         pairs: number of pairs; every length is combined with every number.
         samples: prompts a cell.
+        form: "tokens" is the synthetic task: two tokens a pair, filler of words that mean nothing,
+            for models trained on it. "lines" is the same in text that a pretrained model has seen
+            the like of: ``key: value`` lines, the filler of needles, the lines again; a key is a
+            word of one or more tokens, a value one token.
         seed: of everything random.
 
     Raises:
@@ -81,7 +87,16 @@ def mqar_prompts(
             f"mqar needs samples >= 1, lengths and numbers of pairs >= 1; got {samples}, "
             f"{list(lengths)} and {list(pairs)}"
         )
+    if form not in ("tokens", "lines"):
+        raise InvalidInputError(f"form of mqar must be 'tokens' or 'lines', got {form!r}")
     words = _words(tokenizer)
+    if form == "lines":
+        return [
+            _lines_prompt(tokenizer, words, length, number, f"mqar {seed}/{length}/{number}/{n}")
+            for length in lengths
+            for number in pairs
+            for n in range(samples)
+        ]
     separator = list(tokenizer("\n", add_special_tokens=False).input_ids)[-1:]
     prefix = list(tokenizer("").input_ids)
     prompts = []
@@ -129,6 +144,48 @@ def mqar_prompts(
                     )
                 )
     return prompts
+
+
+def _lines_prompt(
+    tokenizer: Any, words: Sequence[int], length: int, number: int, name: str
+) -> Prompt:
+    """One prompt of the form "lines"."""
+    random_ = random.Random(name)
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    if len(words) < 2 * number:
+        raise InvalidInputError(
+            f"{number} pairs need {2 * number} words, this vocabulary has {len(words)}; ask for "
+            "fewer pairs"
+        )
+    chosen = random_.sample(words, 2 * number)
+    keys = [encode(tokenizer.decode([key]).strip() + ":") for key in chosen[:number]]
+    told = list(zip(keys, chosen[number:], strict=True))
+    asked_for = random_.sample(told, number)
+    line = encode("\n")
+    prefix = list(tokenizer("").input_ids)
+    used = len(prefix) + len(line) + 2 * sum(len(key) + 1 + len(line) for key, _ in told)
+    if used > length:
+        raise InvalidInputError(
+            f"mqar with {number} pairs takes {used} tokens, more than {length}; use longer prompts "
+            "or fewer pairs"
+        )
+    ids, place = list(prefix), {}
+    for key, value in told:
+        place[value] = len(ids) + len(key)
+        ids += [*key, value, *line]
+    hay = encode(neutral_sentences(name))
+    ids += [hay[i % len(hay)] for i in range(length - used)] + line
+    answers, asked = [], []
+    for key, value in asked_for:
+        asked.append(len(ids))
+        ids += key
+        answers.append(len(ids))
+        ids += [value, *line]
+    sources = tuple(place[value] for _, value in asked_for)
+    return Prompt(torch.tensor(ids), tuple(answers), sources, tuple(asked), (length, number))
 
 
 def copy_prompts(
@@ -239,11 +296,12 @@ def mqar(
     window: int,
     sink_tokens: int = 0,
     samples: int = 2,
+    form: Literal["tokens", "lines"] = "tokens",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> GridResult:
     """Multi-query associative recall of one model, see `mqar_prompts`."""
-    prompts = mqar_prompts(tokenizer, lengths, pairs, samples=samples, seed=seed)
+    prompts = mqar_prompts(tokenizer, lengths, pairs, samples=samples, form=form, seed=seed)
     return measure_prompts(
         model_scorer(model),
         prompts,

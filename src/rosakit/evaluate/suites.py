@@ -28,6 +28,7 @@ from rosakit.evaluate.results import (
     write_json,
 )
 from rosakit.evaluate.scores import Progress, device_of, model_scorer
+from rosakit.evaluate.short import make_short, measure_short
 
 __all__ = ["SUITES", "Plan", "measure_variant"]
 
@@ -38,12 +39,15 @@ SUITES = (
     "niah_multi",
     "niah_confusable",
     "mqar",
+    "mqar_lines",
+    "short",
     "copying",
     "efficiency",
     "tasks",
 )
 """By name: perplexity by position and by distance to repeated content; single, several and
-confusable needles; many keys; copies from far; time and memory; tasks of lm-eval."""
+confusable needles; many keys as bare tokens and as lines of text; short contexts; copies from far;
+time and memory; tasks of lm-eval."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def measure_variant(
             )
             distances[kind] = store.get(f"distance {kind}", by_distance)
     grids: dict[str, GridResult] = {}
-    found: dict[str, Any] = {"niah": None, "efficiency": (), "tasks": {}}
+    found: dict[str, Any] = {"niah": None, "efficiency": (), "tasks": {}, "short": {}}
     runs = _runs(model, tokenizer, plan, progress)
     for name in plan.suites:
         if name in runs:
@@ -162,7 +166,7 @@ def measure_variant(
         {kind: scored[kind] for kind in kinds[1:]},
         grids,
         distances,
-        found["tasks"],
+        {**found["short"], **found["tasks"]},
         found["efficiency"],
     )
 
@@ -206,6 +210,15 @@ def _runs(
             "mqar": lambda: mqar(
                 model, tokenizer, plan.lengths, plan.pairs, samples=plan.prompts, **common
             ),
+            "mqar_lines": lambda: mqar(
+                model,
+                tokenizer,
+                plan.lengths,
+                plan.pairs,
+                samples=plan.prompts,
+                form="lines",
+                **common,
+            ),
             "copying": copied,
             "efficiency": lambda: efficiency(
                 model,
@@ -215,6 +228,12 @@ def _runs(
                 progress=progress,
             ),
         }
+    runs["short"] = lambda: measure_short(
+        model_scorer(model),
+        make_short(tokenizer, plan.documents, count=plan.limit or 500, seed=plan.seed),
+        device=device_of(model),
+        progress=progress,
+    )["model"]
     if plan.tasks:
         runs["tasks"] = lambda: harness(
             model,
@@ -270,4 +289,4 @@ def _unpack(name: str, value: Any) -> Any:
         return niah_from(value)
     if name == "efficiency":
         return tuple(Efficiency(**entry) for entry in value)
-    return value if name == "tasks" else GridResult.from_dict(value)
+    return value if name in ("tasks", "short") else GridResult.from_dict(value)

@@ -15,6 +15,7 @@ from rosakit.layers.context import RosaContext
 from rosakit.layers.credit import credit_margin
 from rosakit.layers.hashing import code_channels, context_codes
 from rosakit.layers.projection import Projection, Projections
+from rosakit.layers.selection import Selection, candidate_rows, candidate_tokens
 from rosakit.layers.state import AdapterState
 from rosakit.ops import ahead
 from rosakit.ops.ahead import Ahead
@@ -73,6 +74,14 @@ class RosaAdapter(nn.Module):
         length_tiers: "token" and fixed "hash" only: minimal match lengths that the routes (of
             each candidate) take in turn, so that the output projection can tell long matches from
             short ones; () for `min_length` everywhere.
+        select: "token" only: width of the learned products that choose among the candidates (see
+            `rosakit.layers.selection`), for all routes alike; 0 deals candidates to routes by rank.
+        select_tiers: shares of the chosen candidate that the routes ask for in turn; () for none.
+        select_credit: the choice learns from what each candidate would do to the output as well,
+            straight through the hard read; False leaves it to an address loss.
+        select_lens: the choice also sees the logit that the model itself would give each
+            candidate's token, as far as the layer's input knows it; it needs
+            `RosaContext.output_rows`.
         hash_orders: "hash" only: tokens a context, dealt to the routes in turn.
         hash_refine: "hash" only: add learned projections, which start at zero, to the codes.
         hash_scale: distance of a fixed code bit from the threshold that a refinement has to cross.
@@ -113,6 +122,10 @@ class RosaAdapter(nn.Module):
         shared_qk: bool = False,
         candidates: int = 1,
         length_tiers: Sequence[int] = (),
+        select: int = 0,
+        select_tiers: Sequence[float] = (),
+        select_credit: bool = True,
+        select_lens: bool = False,
         hash_orders: Sequence[int] = (1, 2, 3, 4),
         hash_refine: bool = False,
         hash_scale: float = 1.0,
@@ -157,6 +170,9 @@ class RosaAdapter(nn.Module):
             shared_qk=shared_qk,
             candidates=candidates,
             length_tiers=length_tiers,
+            select=select,
+            select_tiers=select_tiers,
+            select_lens=select_lens,
             hash_orders=hash_orders,
             hash_refine=hash_refine,
             hash_scale=hash_scale,
@@ -179,6 +195,9 @@ class RosaAdapter(nn.Module):
             hash_seed,
         )
         self.credit_margin = credit_margin
+        # Of the model that it is attached to: see `device_state.auto_positions`.
+        self.peers = 1
+        self.ordinary_bytes: float | None = None
 
         channels = routes * bits
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -203,6 +222,14 @@ class RosaAdapter(nn.Module):
             nn.Parameter(torch.empty(channels, **options)) if unmatched == "null" else None
         )
         self.alpha = nn.Parameter(torch.empty(1, **options)) if inject == "pre_attn" else None
+        self.select_credit = select_credit
+        self.selection = (
+            Selection(
+                hidden_size, select, candidates, tuple(select_tiers), lens=select_lens, **options
+            )
+            if select
+            else None
+        )
         self.reset_parameters()
 
     @property
@@ -242,6 +269,8 @@ class RosaAdapter(nn.Module):
         with torch.no_grad():
             self.e0.fill_(-1.0)
             self.e1.fill_(1.0)
+            if self.selection is not None:
+                self.selection.reset_parameters()
             if self.e_null is not None:
                 self.e_null.zero_()
             if self.alpha is not None:
@@ -270,6 +299,8 @@ class RosaAdapter(nn.Module):
             max_length=self.max_length,
             min_length=self.min_length,
             segment_starts=context.segment_starts,
+            stride=self.estimator_options.get("stride", 1),
+            seed=self.estimator_options.get("seed", 0),
         )
         return Begun(q, k, started)
 
@@ -306,21 +337,15 @@ class RosaAdapter(nn.Module):
     ) -> tuple[Tensor, Match | None]:
         if not self.retrieve:
             return self._own(v), None
-        if context.keep_inputs and self.learns_address:
+        if context.keep_inputs and (self.learns_address or self.selection is not None):
             context.inputs[self.layer_index] = u.detach()
         if context.states is not None:
             return self._read_streaming(u, v, context)
+        if self.selection is not None:
+            return self._read_selected(u, v, context)
         if not self.learns_address:
             match = self._fixed_match(context)
-            y = retrieve(
-                v,
-                match.position.expand(-1, self.routes, -1),
-                self.e0,
-                self.e1,
-                bits=self.bits,
-                unmatched=self.unmatched,
-                e_null=self.e_null,
-            )
+            y = self.read_at(v, match.position.expand(-1, self.routes, -1), self.e0, self.e1)
             return y, match
         q, k = self.addresses(u, context) if begun is None else (begun.q, begun.k)
         return rosa(
@@ -343,6 +368,38 @@ class RosaAdapter(nn.Module):
             return_match=True,
             **self.estimator_options,
         )
+
+    def selection_shares(self, u: Tensor, context: RosaContext) -> tuple[Tensor, Match]:
+        """Log shares ``[B, T, K + 1]`` of a whole sequence's candidates, and the candidates."""
+        assert self.selection is not None
+        found = self._candidates(context)
+        keys = self.selection.gather(self.selection.keys(u), found.position)
+        own = torch.arange(u.shape[1], device=u.device)
+        rows = self._candidate_rows(context, found)
+        return self.selection(u, keys, found, own - found.position, rows), found
+
+    def _read_selected(self, u: Tensor, v: Tensor, context: RosaContext) -> tuple[Tensor, Match]:
+        assert self.selection is not None
+        log_share, found = self.selection_shares(u, context)
+        token = self._tokens_of(context, found)
+        match = self.selection.choose(log_share, found, self.routes, token)
+
+        y = self.read_at(v, match.position, self.e0, self.e1)
+        if self.select_credit and log_share.requires_grad:
+            # Straight through: the hard read forward, the expectation over the shares backward.
+            share = log_share.exp()
+            share = (share - share.detach()).to(v.dtype)
+            fixed = v.detach(), self.e0.detach(), self.e1.detach()
+            for rank in range(self.selection.candidates):
+                position = found.position[:, rank : rank + 1].expand(-1, self.routes, -1)
+                value = self.read_at(fixed[0], position, *fixed[1:]).detach()
+                y = y + share[..., rank, None] * value
+        return y, match
+
+    def read_at(self, v: Tensor, position: Tensor, e0: Tensor, e1: Tensor) -> Tensor:
+        """Values ``[B, T, C]`` at exact matches ``[B, R, T]`` of a whole sequence."""
+        fill = None if self.e_null is None else self.e_null.to(e0)
+        return retrieve(v, position, e0, e1, bits=self.bits, unmatched=self.unmatched, e_null=fill)
 
     def addresses(self, u: Tensor, context: RosaContext) -> tuple[Tensor, Tensor]:
         """Real-valued queries and keys ``[B, T, C]`` of learned or refined addresses."""
@@ -420,8 +477,38 @@ class RosaAdapter(nn.Module):
             )
         if self.candidates == 1 and not self.length_tiers:
             return Match(match.position[:, :1], match.length[:, :1])
+        if self.selection is not None:
+            return match
         rank = torch.arange(self.routes, device=match.position.device) % self.candidates
         return Match(match.position[:, rank], match.length[:, rank])
+
+    def _candidates(self, context: RosaContext) -> Match:
+        """What a selection chooses from ``[B, K, T]``: matches of at least `min_length`."""
+        found = self._token_match(context)
+        found = Match(found.position[:, : self.candidates], found.length[:, : self.candidates])
+        short = found.length < self.min_length
+        return Match(
+            found.position.masked_fill(short, NO_MATCH), found.length.masked_fill(short, 0)
+        )
+
+    def _tokens_of(self, context: RosaContext, found: Match) -> Tensor:
+        """Tokens of the candidates, int64 ``[B, K, T]``; found once a pass."""
+        name = ("tokens", self.candidates, self.min_length)
+        if name not in context.shared:
+            context.shared[name] = candidate_tokens(context, found.position)
+        tokens: Tensor = context.shared[name]
+        return tokens
+
+    def _candidate_rows(self, context: RosaContext, found: Match) -> Tensor | None:
+        """Rows of the output embedding for a lens, float32 ``[B, K, T, H]``; found once a pass."""
+        assert self.selection is not None
+        if self.selection.lens is None:
+            return None
+        name = ("rows", self.candidates, self.min_length)
+        if name not in context.shared:
+            context.shared[name] = candidate_rows(context, self._tokens_of(context, found))
+        rows: Tensor = context.shared[name]
+        return rows
 
     def _tiered(self, match: Match) -> Match:
         """Leave out matches that are too short for their route."""
@@ -443,6 +530,18 @@ class RosaAdapter(nn.Module):
         match, channels = None, [v]
         if self.learns_address:
             channels = [*self.addresses(u, context), v]
+        elif self.selection is not None:
+            assert isinstance(state, AdapterState)
+            found = self._candidates(context)
+            keys, distance = state.candidate_keys(
+                self.selection.keys(u), found.position, context.mask
+            )
+            here = Match(found.position.to(u.device), found.length.to(u.device))
+            rows = self._candidate_rows(context, found)
+            log_share = self.selection(u, keys, here, distance, rows)
+            token = self._tokens_of(context, found)
+            chosen = self.selection.choose(log_share, here, self.routes, token)
+            match = Match(chosen.position.cpu(), chosen.length.cpu())
         else:
             match = self._fixed_match(context)
         return state.extend(channels, match, context.mask, self.e0, self.e1, self.e_null)
@@ -457,18 +556,19 @@ class RosaAdapter(nn.Module):
             and not torch.is_grad_enabled()
         )
 
-    def _decode(self, u: Tensor, context: RosaContext) -> tuple[Tensor, Tensor, Match]:
+    def _decode(self, u: Tensor, context: RosaContext) -> tuple[Tensor, Tensor, Match | None]:
         """``y``, ``v`` and the match as `_read_streaming` has them, with fewer launches."""
         assert context.states is not None
         batch, length, _ = u.shape
         state = context.states.growing(self, batch, length)
-        joined = self.projections.addresses_and_values(u)
-        channels = list(joined.split(self.channels, dim=-1))
+        channels, joined = self.projections.addresses_and_values(u, context.states.copies)
         levels = self.e0, self.e1, self.e_null
+        match: Match | None
         if isinstance(state, AdapterState):
             y, match = state.extend(channels, None, context.mask, *levels, joined=joined)
         else:
-            y, match = state.extend(channels, None, context.mask, *levels)
+            wanted = context.records(self.layer_index)
+            y, match = state.extend(channels, None, context.mask, *levels, wants_match=wanted)
         return y, channels[-1], match
 
     def extra_repr(self) -> str:

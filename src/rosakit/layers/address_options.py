@@ -17,6 +17,9 @@ def check_address_options(
     shared_qk: bool,
     candidates: int,
     length_tiers: Sequence[int],
+    select: int,
+    select_tiers: Sequence[float],
+    select_lens: bool,
     hash_orders: Sequence[int],
     hash_refine: bool,
     hash_scale: float,
@@ -27,8 +30,8 @@ def check_address_options(
     Args:
         address: "learned", "token" or "hash".
         learned: whether the addresses have trained projections.
-        shared_qk, candidates, length_tiers, hash_orders, hash_refine, hash_scale, credit_margin:
-            as in `rosakit.layers.RosaAdapter`.
+        shared_qk, candidates, length_tiers, select, select_tiers, select_lens, hash_orders,
+            hash_refine, hash_scale, credit_margin: as in `rosakit.layers.RosaAdapter`.
 
     Raises:
         InvalidInputError: says which option does not fit and what to use instead.
@@ -42,6 +45,20 @@ def check_address_options(
         raise InvalidInputError(
             f"length_tiers={tuple(length_tiers)} are minimal lengths (at least 1) of fixed "
             "matches; use address='token' or 'hash' without hash_refine, or min_length"
+        )
+    if select < 0 or (select and (address != "token" or length_tiers)):
+        raise InvalidInputError(
+            f"select={select} is the width of a learned choice among token matches; use "
+            "address='token' without length_tiers (the choice sees lengths), or 0"
+        )
+    if any(not 0 <= share < 1 for share in select_tiers) or (select_tiers and not select):
+        raise InvalidInputError(
+            f"select_tiers={tuple(select_tiers)} are shares from 0 to below 1 that a learned "
+            "choice has to reach; set select, or leave them empty"
+        )
+    if select_lens and not select:
+        raise InvalidInputError(
+            "select_lens is a feature of a learned choice; set select, or leave it out"
         )
     if not hash_orders or not all(1 <= n <= MAX_ORDER for n in hash_orders):
         raise InvalidInputError(

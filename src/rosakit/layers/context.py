@@ -30,6 +30,7 @@ class RosaContext:
             ``address="token"``; in host memory when streaming.
         recent: each position's last tokens, int64 ``[reach, B, T]`` (see
             `rosakit.layers.hashing.token_windows`), for ``address="hash"``; streaming only.
+        output_rows: weight ``[V, H]`` of the output embedding, for a selection with a lens.
         candidates: successor tokens of the best matches, for the token route.
         record_layers: the layers whose matches are kept when `record` is set; None for all.
         matches: filled by the adapters when `record` is set: layer index to its hard match
@@ -45,6 +46,7 @@ class RosaContext:
     states: RosaStates | None = None
     token_match: Match | None = None
     recent: Tensor | None = None
+    output_rows: Tensor | None = None
     candidates: TokenCandidates | None = None
     record: bool = False
     record_layers: frozenset[int] | None = None

@@ -1,9 +1,10 @@
 """`DeviceState`: one adapter's streaming state in GPU memory, and when it is chosen.
 
-A step never leaves the device, at the price of memory that grows with the context
-(`docs/guides/backends.md`): 7 bytes a route and position, where the
-window's keys and values do not grow. So ``backend="auto"`` keeps a state on the device for short
-contexts only and then moves it to the host; ``"cuda"`` keeps it there, ``"cpu"`` never does.
+A step never leaves the device, at the price of device memory that grows with the context:
+`rosakit.cuda.stream.bytes_a_symbol` a route and position, 3.5 bytes up to four bits a route. So
+``backend="auto"`` keeps a model's states there while they are a small part of what an ordinary
+cache would hold, or small in themselves (`auto_positions`); ``"cuda"`` keeps them there, ``"cpu"``
+never.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from rosakit import cuda, symbols
-from rosakit.cuda.stream import StreamMemory
+from rosakit.cuda import matcher
+from rosakit.cuda.stream import StreamMemory, bytes_a_symbol
 from rosakit.ops.retrieve import gpu_kernels, values_of_bits
 from rosakit.ops.rows import channel_mask
 from rosakit.types import Match
@@ -23,9 +25,13 @@ from rosakit.types import Match
 if TYPE_CHECKING:
     from rosakit.layers.adapter import RosaAdapter
 
-AUTO_POSITIONS = 4096
-"""Positions up to which "auto" keeps a state on the device: about twice the memory that a window
-of 2048 takes in a layer of that width. `benchmarks/gpu/decode.py` measures the steps' crossover."""
+AUTO_SHARE = 0.125
+"""Share of an ordinary cache's keys and values that "auto" lets the states of all adapters of a
+model take: with growth's slack and a window they stay below 15% of it at long contexts."""
+
+AUTO_BYTES = 2 << 30
+"""Bytes that "auto" lets the states of all adapters and rows of a model take, whatever their share:
+a state on the host costs every layer a wait in every step."""
 
 _OPTIONS = (
     *("address", "bits", "routes", "unmatched", "granularity", "successor"),
@@ -33,13 +39,39 @@ _OPTIONS = (
 )
 
 
-def positions_on_device(adapter: RosaAdapter) -> int | None:
-    """How many positions the adapter's state may hold on its device: 0 none, None any number."""
+def positions_on_device(adapter: RosaAdapter, batch: int) -> int | None:
+    """How many positions the adapter's state of so many rows may hold on its device.
+
+    Returns:
+        0 for none, None for any number.
+    """
     fits = adapter.bits <= 8 and adapter.granularity == "token" and adapter.address == "learned"
     on_gpu = adapter.e0.is_cuda and cuda.available()
     if not fits or not on_gpu or adapter.backend not in ("auto", "cuda"):
         return 0
-    return None if adapter.backend == "cuda" else AUTO_POSITIONS
+    if adapter.backend == "cuda":
+        return None
+    return auto_positions(
+        adapter.routes, adapter.bits, batch, adapter.peers, adapter.ordinary_bytes
+    )
+
+
+def auto_positions(
+    routes: int, bits: int, batch: int, adapters: int, ordinary_bytes: float | None
+) -> int:
+    """How many positions of a row "auto" keeps on the device: see `AUTO_SHARE` and `AUTO_BYTES`.
+
+    Args:
+        routes, bits: of an adapter.
+        batch: rows.
+        adapters: of the model.
+        ordinary_bytes: of keys and values that an ordinary cache of the whole model holds for a
+            position of a row; None where that is not known.
+    """
+    own = adapters * routes * bytes_a_symbol(bits)
+    if ordinary_bytes is not None and own <= AUTO_SHARE * ordinary_bytes:
+        return matcher.MAX_POSITIONS
+    return min(matcher.MAX_POSITIONS, int(AUTO_BYTES / (own * batch)))
 
 
 class DeviceState:
@@ -48,13 +80,11 @@ class DeviceState:
     Args:
         adapter: the adapter whose options the state follows.
         batch: number of rows.
-        limit: positions after which `full` says so; None for never.
     """
 
-    def __init__(self, adapter: RosaAdapter, batch: int, limit: int | None) -> None:
+    def __init__(self, adapter: RosaAdapter, batch: int) -> None:
         # Not the module: a cache is copied without the model.
         self.options = SimpleNamespace(**{name: getattr(adapter, name) for name in _OPTIONS})
-        self.limit = limit
         device = adapter.e0.device
         self.memory = StreamMemory(
             batch,
@@ -64,16 +94,16 @@ class DeviceState:
             min_length=adapter.min_length,
             device=device,
         )
-        self.values = torch.empty((batch, adapter.routes, 0), dtype=torch.uint8, device=device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory held."""
-        return self.memory.nbytes + self.values.numel()
+        return self.memory.nbytes
 
-    def full(self, more: int) -> bool:
-        """Whether `more` positions go beyond the limit."""
-        return self.limit is not None and self.memory.most + more > self.limit
+    @property
+    def length(self) -> int:
+        """Positions held, of the longest row at most."""
+        return self.memory.most
 
     def extend(
         self,
@@ -83,31 +113,29 @@ class DeviceState:
         e0: Tensor,
         e1: Tensor,
         e_null: Tensor | None,
-    ) -> tuple[Tensor, Match]:
-        """As `AdapterState.extend`; the match is on the device."""
+        *,
+        wants_match: bool = True,
+    ) -> tuple[Tensor, Match | None]:
+        """As `AdapterState.extend`; the match is on the device, and may be left out."""
         assert match is None
         bits, v = self.options.bits, channels[-1]
+        own = self.options.unmatched == "self"
+        if self.memory.fits(channels, e0) and not (torch.is_grad_enabled() and v.requires_grad):
+            q, k, v = channels
+            return self.memory.read(q, k, v, e0, e1, e_null, mask=mask, own=own, match=wants_match)
         kernels = gpu_kernels(v, v, bits)
         pack = symbols.pack if kernels is None else kernels.pack
         q, k, value = (pack(x, bits) for x in channels)
-        before, most = self.memory.lengths, self.memory.most
-        found = self.memory.extend(q, k, mask=mask)
-        own, place = self.memory.places(before, most, value.shape[2], mask)
-        missing = self.memory.keys.shape[2] - self.values.shape[2]
-        if missing:
-            self.values = torch.nn.functional.pad(self.values, (0, missing))
-        self.values.scatter_(2, place[:, None].expand_as(value), value)
-        position = found.position
-        if self.options.unmatched == "self":
-            position = torch.where(position >= 0, position, own[:, None].to(torch.int32))
-        read = self.values.gather(2, position.clamp(min=0).to(torch.int64))
-        matched = channel_mask(position, bits)
+        read, found = self.memory.read_whole(q, k, value, mask=mask, own=own)
+        if own:
+            matched = torch.ones_like(v, dtype=torch.bool)
+        else:
+            matched = channel_mask(found.position, bits)
         return values_of_bits(symbols.unpack(read, bits), matched, e0, e1, e_null, v.dtype), found
 
     def select(self, rows: Tensor) -> None:
         """Keep rows in the given order (beam search)."""
         self.memory = self.memory.index_select(rows)
-        self.values = self.values[rows.to(self.values.device)]
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget what lies past the given lengths ``[B]``."""
@@ -121,6 +149,5 @@ class DeviceState:
         """
         lengths = self.memory.lengths.cpu()
         longest = int(lengths.max()) if len(lengths) else 0
-        tables = (self.memory.queries, self.memory.keys, self.values)
         real = torch.arange(longest) < lengths[:, None]
-        return [x[..., :longest].contiguous().cpu() for x in tables], real
+        return [x[..., :longest].contiguous().cpu() for x in self.memory.history()], real

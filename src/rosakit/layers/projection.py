@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rosakit.errors import InvalidInputError
+from rosakit.layers.graphs import outside_graphs
 
-__all__ = ["Projection", "Projections", "version_of"]
+__all__ = ["Projection", "Projections", "WeightCopies", "copied_numbers", "version_of"]
 
 _JOINED = 512
 """Widest q, k and v whose weights are joined for decoding: a copy of more costs too much memory,
 and there a launch more hardly counts."""
+
+_FEW = 64
+"""Tokens up to which low-rank factors are joined: beyond, launches hardly count."""
 
 
 def version_of(x: Tensor) -> tuple[int, int]:
@@ -91,6 +96,58 @@ class Projection(nn.Module):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}"
 
 
+class WeightCopies:
+    """Weights of q, k and v side by side, as decoding reads them.
+
+    A cache carries them, so that they are counted with it and go when it goes, or when the maps go;
+    a copy of the cache makes its own. They are made anew when a weight has changed: another tensor,
+    or a write that autograd counts (optimizer steps, `load_state_dict`, any in-place operation; not
+    one through ``.data``).
+    """
+
+    def __init__(self) -> None:
+        self._made: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], tuple[Tensor, ...]]] = (
+            WeakKeyDictionary()
+        )
+
+    @outside_graphs
+    def of(
+        self, owner: nn.Module, maps: list[Projection], names: tuple[str, ...]
+    ) -> tuple[Tensor, ...]:
+        """The maps' weights side by side; the second factors stacked and turned."""
+        weights = [m._parameters[name] for name in names for m in maps]
+        name = tuple((version_of(w), w.dtype) for w in weights if w is not None)
+        held = self._made.get(owner)
+        if held is None or held[0] != name:
+            given = [w.detach() for w in weights if w is not None]
+            made: tuple[Tensor, ...] = (torch.cat(given[:3]),)
+            if len(given) > 3:
+                made = (*made, torch.stack([w.t() for w in given[3:]]).contiguous())
+            held = self._made[owner] = (name, made)
+        return held[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held on the model's device."""
+        return sum(x.numel() * x.element_size() for _, made in self._made.values() for x in made)
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._made.clear()
+
+    def __reduce__(self) -> tuple[type[WeightCopies], tuple[()]]:
+        return WeightCopies, ()
+
+
+def copied_numbers(hidden_size: int, channels: int, rank: int | None) -> int:
+    """Numbers that `WeightCopies` holds for maps between these widths."""
+    whole = rank is None or rank * (hidden_size + channels) >= hidden_size * channels
+    if whole:
+        return 3 * hidden_size * channels if channels <= _JOINED else 0
+    assert rank is not None
+    return 3 * rank * (hidden_size + channels)
+
+
 class Projections(nn.Module):
     """``W_q``, ``W_k``, ``W_v``, ``W_o`` and the own value's output map (semantics section 4).
 
@@ -123,7 +180,6 @@ class Projections(nn.Module):
     ) -> None:
         super().__init__()
         self.tied_start, self.silent_addresses = tied_start, silent_addresses
-        self._joined: tuple[tuple[Any, ...], Tensor] | None = None
 
         def map_of(in_features: int, out_features: int) -> Projection:
             return Projection(in_features, out_features, rank, device=device, dtype=dtype)
@@ -135,24 +191,35 @@ class Projections(nn.Module):
         self.w_own = map_of(channels, hidden_size) if own_value else None
         self.reset_parameters()
 
-    def addresses_and_values(self, x: Tensor) -> Tensor:
-        """q, k and v side by side ``[B, T, 3 C]``, in one product where that is cheaper.
+    def addresses_and_values(
+        self, x: Tensor, copies: WeightCopies
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """q, k and v ``[B, T, C]``, in one or two products where that is cheaper.
 
-        Without gradients: the joined weights are a copy, made anew when a weight has changed.
+        Without gradients: the joined weights are copies.
+
+        Returns:
+            The three, and the tensor ``[B, T, 3 C]`` that they are views of, if there is one.
         """
         assert self.w_q is not None
         maps = [self.w_q, self.w_q if self.w_k is None else self.w_k, self.w_v]
-        if self.w_v.rank is not None or self.w_v.out_features > _JOINED:
+        batch, length, _ = x.shape
+        ranks = {m.rank for m in maps}
+        few = batch * length <= _FEW and not torch.is_autocast_enabled(x.device.type)
+        plain = all(_is_plain(m, x.device) for m in maps)
+        if plain and ranks == {None} and self.w_v.out_features <= _JOINED:
+            (weight,) = copies.of(self, maps, ("weight",))
+            joined = F.linear(x, weight)
+            return list(joined.split(self.w_v.out_features, dim=-1)), joined
+        if not plain or None in ranks or len(ranks) > 1 or not few:
             q = maps[0](x)
-            return torch.cat([q, q if self.w_k is None else maps[1](x), maps[2](x)], dim=-1)
-        weights = [m.weight for m in maps]
-        name = tuple(version_of(w) for w in weights)
-        if self._joined is None or self._joined[0] != name:
-            self._joined = (name, torch.cat([w.detach() for w in weights]))
-        return F.linear(x, self._joined[1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_joined": None}  # a copy makes its own
+            return [q, q if self.w_k is None else maps[1](x), maps[2](x)], None
+        down, up = copies.of(self, maps, ("down", "up"))
+        inner = F.linear(x.reshape(batch * length, -1), down)
+        rank = down.shape[0] // 3
+        # [3, B T, rank] by [3, rank, C]
+        parts = torch.bmm(inner.view(batch * length, 3, rank).transpose(0, 1), up)
+        return [part.view(batch, length, -1) for part in parts.unbind()], None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -166,3 +233,13 @@ class Projections(nn.Module):
         self.w_o.reset(zero=True)
         if self.w_own is not None:
             self.w_own.reset(zero=True)
+
+
+def _is_plain(projection: Projection, device: torch.device) -> bool:
+    """Whether a map is its parameters and nothing else: no hook, parametrization or offloading."""
+    return (
+        type(projection) is Projection
+        and "forward" not in projection.__dict__
+        and not (projection._forward_hooks or projection._forward_pre_hooks)
+        and all(p.device == device for p in projection._parameters.values() if p is not None)
+    )

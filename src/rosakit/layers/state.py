@@ -5,7 +5,7 @@ is its ``p``-th real token. Every operation that a generation loop performs on i
 reorder, crop, batch selection, reset) has its counterpart here.
 
 States live in host memory, beside the suffix memories that the C++ core keeps there, so the
-device holds nothing that grows with the context (but for short contexts on a GPU, see
+device holds nothing that grows with the context (but for states that lie on a GPU, see
 `rosakit.layers.device_state`). A chunk costs one transfer to the host (the bits
 of q, k and v together) and one back (the value bits that were read).
 """
@@ -25,7 +25,7 @@ from rosakit.errors import InvalidInputError
 from rosakit.layers.device_state import DeviceState, positions_on_device
 from rosakit.layers.graphs import outside_graphs
 from rosakit.layers.history import History
-from rosakit.layers.projection import version_of
+from rosakit.layers.projection import WeightCopies, version_of
 from rosakit.layers.token_match import TokenCandidates
 from rosakit.layers.token_states import CodeState, FarState, RecentTokens
 from rosakit.types import Match
@@ -67,6 +67,11 @@ class AdapterState:
             else None
         )
         self.values = History(batch, adapter.routes, np.uint8 if adapter.bits <= 8 else np.uint16)
+        self.keys = (
+            None
+            if adapter.selection is None
+            else History(batch, 2 * adapter.selection.width, np.int32)
+        )
         self._cached: tuple[tuple[Any, ...], list[Array]] | None = None
 
     @classmethod
@@ -83,7 +88,8 @@ class AdapterState:
     @property
     def nbytes(self) -> int:
         """Bytes held: automata and value bits."""
-        return self.values.nbytes + (0 if self.memory is None else self.memory.nbytes)
+        parts = (self.values, self.memory, self.keys)
+        return sum(int(part.nbytes) for part in parts if part is not None)
 
     @outside_graphs
     def extend(
@@ -128,6 +134,36 @@ class AdapterState:
             position, null = np.where(null, own[:, None], position), np.zeros_like(null)
         read = self.values.read(np.where(position < 0, 0, position))
         return self._values(read, null, v, e0, e1, e_null), match
+
+    @outside_graphs
+    def candidate_keys(
+        self, keys: Tensor, position: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Remember a chunk's selection keys; those of its candidates.
+
+        Args:
+            keys: float32 ``[B, n, 2 W]``, without gradient.
+            position: ``[B, K, n]`` in host memory, negative where there is no candidate.
+            mask: bool ``[B, n]``, real positions; None if all are.
+
+        Returns:
+            ``[B, K, n, 2 W]`` as `rosakit.layers.selection.Selection.gather` has them, and the
+            distances ``[B, K, n]``.
+        """
+        assert self.keys is not None
+        batch, count, n = position.shape
+        raw = keys.detach().cpu().contiguous().view(torch.int32).numpy().transpose(0, 2, 1)
+        own = self.keys.append(raw, None if mask is None else mask.to("cpu", torch.bool).numpy())
+        place = position.numpy().astype(np.int64)
+        read = np.maximum(place, 0).reshape(batch, 1, -1)
+        half = keys.shape[-1] // 2
+        both = np.concatenate(
+            [np.repeat(read, half, 1), np.repeat(np.maximum(read - 1, 0), half, 1)], 1
+        )
+        picked = torch.from_numpy(self.keys.read(both)).view(torch.float32)
+        picked = picked.view(batch, -1, count, n).permute(0, 2, 3, 1).contiguous()
+        distance = torch.from_numpy(own[:, None] - place)
+        return picked.to(keys.device), distance.to(keys.device)
 
     def _symbols(self, channels: list[Tensor], joined: Tensor | None) -> list[Array]:
         """Symbols ``[B, R, n]`` of each, in host memory."""
@@ -204,11 +240,15 @@ class AdapterState:
         if self.memory is not None:
             self.memory = self.memory.index_select(rows.cpu())
         self.values.select(rows)
+        if self.keys is not None:
+            self.keys.select(rows)
 
     def truncate(self, lengths: Tensor) -> None:
         if self.memory is not None:
             self.memory.truncate(lengths.cpu())
         self.values.truncate(lengths)
+        if self.keys is not None:
+            self.keys.truncate(lengths)
 
 
 class TokenState:
@@ -252,6 +292,13 @@ class TokenState:
         best = Match(*(torch.from_numpy(x.transpose(0, 2, 1).copy()) for x in (position, length)))
         return best, TokenCandidates(moved[0].to(torch.int64), moved[1], moved[2])
 
+    @outside_graphs
+    def at(self, position: Tensor) -> Tensor:
+        """Token ids int64 at ``position [B, K, n]`` (nonnegative), both in host memory."""
+        place = position.cpu().numpy()
+        found = self.tokens.read(place.reshape(len(place), 1, -1)).reshape(place.shape)
+        return torch.from_numpy(found.astype(np.int64))
+
     def select(self, rows: Tensor) -> None:
         self.memory = self.memory.index_select(rows.cpu())
         self.tokens.select(rows)
@@ -269,9 +316,11 @@ class RosaStates:
 
     Attributes:
         lengths: int64 ``[B]``, real tokens seen so far, or None before the first chunk.
+        copies: the adapters' weights as decoding reads them; no state, not in `nbytes`.
     """
 
     def __init__(self) -> None:
+        self.copies = WeightCopies()
         self.lengths: Tensor | None = None
         self.token: TokenState | None = None
         self.adapters: dict[int, AdapterState | DeviceState] = {}
@@ -295,13 +344,14 @@ class RosaStates:
         On the device as far as `positions_on_device` allows, then in host memory.
         """
         state = self.adapters.get(module.layer_index)
-        if state is None:
-            limit = positions_on_device(module)
-            if limit is None or more <= limit:
-                state = self.adapters[module.layer_index] = DeviceState(module, batch, limit)
-        if isinstance(state, DeviceState) and not state.full(more):
+        if isinstance(state, AdapterState):
             return state
-        return self.adapter(module, batch)
+        limit = positions_on_device(module, batch)
+        if limit is not None and (0 if state is None else state.length) + more > limit:
+            return self.adapter(module, batch)
+        if state is None:
+            state = self.adapters[module.layer_index] = DeviceState(module, batch)
+        return state
 
     def settle(self, modules: Iterable[RosaAdapter]) -> None:
         """Bring every state to host memory, as saving wants it."""
@@ -373,6 +423,7 @@ class RosaStates:
         self.lengths, self.token, self.recent, self.far = None, None, None, None
         self.adapters.clear()
         self.coded.clear()
+        self.copies.clear()
 
     def _each(
         self,

@@ -20,6 +20,7 @@ def match(
     min_length: int = 1,
     segment_starts: Array | None = None,
     counterfactual_bits: int = 0,
+    flip_at: Array | None = None,
 ) -> tuple[Array, Array, Array | None]:
     """The exact suffix match of every stream, in near-linear time for any input.
 
@@ -32,6 +33,8 @@ def match(
         min_length: a shorter best match is no match.
         segment_starts: int32 ``[B, T]``: where each position's segment starts, -1 at padding.
         counterfactual_bits: M > 0 also flips each of the low M bits of the query's last symbol.
+        flip_at: uint8 ``[B, T]``, nonzero where that is done; elsewhere a flip is given the
+            position of the match itself. None for everywhere.
 
     Returns:
         int32 arrays: position ``[B, R, T]`` (-1: no match), length ``[B, R, T]``, and the flipped
@@ -59,6 +62,7 @@ def match(
         max_length=max_length,
         min_length=min_length,
         segment_starts=segment_starts,
+        flip_at=flip_at,
     )
     return position, length, flipped
 
@@ -75,6 +79,7 @@ def match_into(
     max_length: int | None = None,
     min_length: int = 1,
     segment_starts: Array | None = None,
+    flip_at: Array | None = None,
 ) -> None:
     """`match` into the caller's arrays, for example in pinned memory.
 
@@ -82,6 +87,7 @@ def match_into(
         q, k: symbols ``[B, R, T]`` as in `match`.
         position, length: int32 ``[B, R, T]``, C-contiguous; every element is written.
         flipped: int32 ``[B, R, T, M]``, C-contiguous, or None for no flipped queries.
+        flip_at: as in `match`.
 
     Raises:
         InvalidTypeError, InvalidInputError, BackendError: as `match`.
@@ -108,6 +114,7 @@ def match_into(
             strict,
             longest,
             shortest,
+            None if flip_at is None else np.ascontiguousarray(flip_at, np.uint8),
         )
     except ValueError as error:
         raise InvalidInputError(str(error)) from None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rosakit import pipeline, symbols
 from rosakit.errors import BackendError, InvalidInputError
+from rosakit.ops.estimators.sampling import check_stride, sample_positions, sampled_mask
 from rosakit.ops.match import check_options
 from rosakit.ops.retrieve import gpu_kernels
 from rosakit.pipeline import Ticket
@@ -42,6 +43,8 @@ def begin(
     min_length: int = 1,
     segment_starts: Tensor | None = None,
     credit: bool | None = None,
+    stride: int = 1,
+    seed: int = 0,
 ) -> Ahead:
     """Start matching the symbols of real-valued channels on the CPU, and return at once.
 
@@ -59,6 +62,7 @@ def begin(
         min_length: a shorter best match is no match.
         segment_starts: int32 ``[B, T]`` on the same device, or None.
         credit: whether to match flipped queries too; None for where `q` or `k` wants a gradient.
+        stride, seed: of the estimator, whose sample of flips is found.
 
     Raises:
         InvalidInputError: shapes or options that do not fit.
@@ -77,7 +81,11 @@ def begin(
         )
     if credit is None:
         credit = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    check_stride(stride)
     with torch.no_grad():
+        flip_at = None
+        if credit and stride > 1:
+            flip_at = sampled_mask(sample_positions(q, stride, seed), q.shape[1])
         kernels = gpu_kernels(q, q, bits)
         pack = symbols.pack if kernels is None else kernels.pack
         ticket = pipeline.shared(q.device).submit(
@@ -90,6 +98,7 @@ def begin(
             min_length=min_length,
             segment_starts=segment_starts,
             counterfactual_bits=bits if credit else 0,
+            flip_at=flip_at,
         )
     return Ahead(ticket, credit)
 

@@ -32,6 +32,7 @@ def suffix_match(
     document_ids: Tensor | None = None,
     segment_starts: Tensor | None = None,
     counterfactual_bits: int = 0,
+    counterfactual_at: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Match:
     """For every position the longest earlier occurrence of the query's current suffix.
@@ -56,6 +57,8 @@ def suffix_match(
         document_ids: ``[B, T]``, a number a document, negative at padding.
         segment_starts: ``[B, T]``, the resolved form of the four above; give at most one.
         counterfactual_bits: ``M > 0`` also returns ``cf_position [B, R, T, M]``.
+        counterfactual_at: bool ``[B, T]``, where flips are computed; elsewhere `cf_position`
+            repeats `position`. None for everywhere.
         backend: "cpu" (the C++ core), "cuda", "oracle" (quadratic torch), "pipeline" (the core,
             reached through pinned memory; `rosakit.ops.ahead` lets the GPU go on meanwhile) or
             "auto".
@@ -87,6 +90,8 @@ def suffix_match(
     )
     if starts is not None:
         starts = starts.to(q.device)
+    if counterfactual_at is not None:
+        counterfactual_at = _check_places(counterfactual_at, q3)
     position, length, cf = torch.ops.rosakit.suffix_match(
         q3,
         k3,
@@ -97,6 +102,7 @@ def suffix_match(
         min_length,
         counterfactual_bits,
         backend,
+        counterfactual_at,
     )
     shape = (*lead, q3.shape[2])
     return Match(
@@ -131,6 +137,15 @@ def check_options(
         )
     if not 0 <= counterfactual_bits <= 16:
         raise InvalidInputError(f"counterfactual_bits must be in 0..16, got {counterfactual_bits}")
+
+
+def _check_places(at: Tensor, q: Tensor) -> Tensor:
+    expected = [q.shape[0], q.shape[2]]
+    if at.dtype != torch.bool or list(at.shape) != expected:
+        raise InvalidInputError(
+            f"counterfactual_at must be bool [B, T] = {expected}, got {at.dtype} {list(at.shape)}"
+        )
+    return at.to(q.device)
 
 
 def _check_symbols(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,6 +196,7 @@ def _suffix_match_op(
     min_length: int,
     counterfactual_bits: int,
     backend: str,
+    flip_at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options: dict[str, Any] = {
         "granularity": granularity,
@@ -192,7 +208,8 @@ def _suffix_match_op(
     engine = choose_backend(backend, q, granularity, counterfactual_bits)
     cf: Tensor | None
     if engine == "pipeline":
-        ticket = pipeline.shared(q.device).submit(q, k, segment_starts=segment_starts, **options)
+        road = pipeline.shared(q.device)
+        ticket = road.submit(q, k, segment_starts=segment_starts, flip_at=flip_at, **options)
         position, length, cf = ticket.result()
     elif engine == "cuda":
         position, length, cf = cuda.match(q, k, segment_starts=segment_starts, **options)
@@ -203,13 +220,18 @@ def _suffix_match_op(
             segment_starts=None
             if segment_starts is None
             else segment_starts.contiguous().cpu().numpy(),
+            flip_at=None if flip_at is None else flip_at.cpu().numpy(),
             **options,
         )
         position, length = (torch.from_numpy(a).to(q.device) for a in arrays[:2])
         cf = None if arrays[2] is None else torch.from_numpy(arrays[2]).to(q.device)
     else:
         position, length, cf = suffix_match_oracle(q, k, segment_starts=segment_starts, **options)
-    return position, length, position.new_empty((*position.shape, 0)) if cf is None else cf
+    if cf is None:
+        return position, length, position.new_empty((*position.shape, 0))
+    if flip_at is not None and engine in ("cuda", "oracle"):  # these compute every flip
+        cf = torch.where(flip_at[:, None, :, None], cf, position[..., None])
+    return position, length, cf
 
 
 @_suffix_match_op.register_fake
@@ -223,6 +245,7 @@ def _(
     min_length: int,
     counterfactual_bits: int,
     backend: str,
+    flip_at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     position = q.new_empty(q.shape, dtype=torch.int32)
     cf = q.new_empty((*q.shape, counterfactual_bits), dtype=torch.int32)

@@ -35,9 +35,14 @@ def add_null_row(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 
-def scatter_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """Sum `rows` into the rows named by `index`; what lands on the null row is dropped."""
-    return rows.new_zeros(rows.shape[0] + 1, *rows.shape[1:]).index_add_(0, index, rows)[:-1]
+def scatter_rows(rows: Tensor, index: Tensor, count: int | None = None) -> Tensor:
+    """Sum `rows` into the rows named by `index`; what lands on the null row is dropped.
+
+    Args:
+        count: rows of the result; None for as many as come in.
+    """
+    count = rows.shape[0] if count is None else count
+    return rows.new_zeros(count + 1, *rows.shape[1:]).index_add_(0, index, rows)[:-1]
 
 
 def effective_position(position: Tensor, unmatched: str) -> Tensor:

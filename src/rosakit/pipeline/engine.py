@@ -96,6 +96,7 @@ class Pipeline:
         min_length: int = 1,
         segment_starts: Tensor | None = None,
         counterfactual_bits: int = 0,
+        flip_at: Tensor | None = None,
     ) -> Ticket:
         """Start matching; returns before the symbols have left the device.
 
@@ -105,6 +106,7 @@ class Pipeline:
             granularity, successor, max_length, min_length: as `rosakit.ops.suffix_match`.
             segment_starts: int32 ``[B, T]``, or None.
             counterfactual_bits: M > 0 also flips each of the low M bits.
+            flip_at: bool ``[B, T]``, where that is done; see `rosakit.ops.suffix_match`.
 
         Raises:
             InvalidTypeError, InvalidInputError: symbols or segments that do not fit.
@@ -136,10 +138,14 @@ class Pipeline:
         try:
             with record_function("rosakit::submit"):
                 sent = [wire.pack(x.reshape(streams, length), width) for x in (q, k)]
-                starts = [] if segment_starts is None else [segment_starts.contiguous()]
-                self._road.begin(*sent, *starts, *(x for x in match if x is not None))
+                by_row = {}
+                if segment_starts is not None:
+                    by_row["segment_starts"] = segment_starts.contiguous()
+                if flip_at is not None:
+                    by_row["flip_at"] = flip_at.to(torch.uint8)
+                self._road.begin(*sent, *by_row.values(), *(x for x in match if x is not None))
                 packed = wire.travels_packed(q, width)
-                job = Job(self._road, slot, sent, starts, match, rules, packed)
+                job = Job(self._road, slot, sent, by_row, match, rules, packed)
                 job.download(parts_of(batch, routes, self.parts))
         except BaseException:
             self._release(slot)

@@ -56,17 +56,18 @@ class Job:
         road: transport.Transport,
         slot: Slot,
         sent: list[Tensor],
-        starts: list[Tensor],
+        by_row: dict[str, Tensor],
         match: Match,
         rules: dict[str, Any],
         packed: bool,
     ) -> None:
         self.road, self.slot, self.rules, self.packed = road, slot, rules, packed
-        self.sent, self.starts, self.match_tensors = sent, starts, match
+        self.sent, self.by_row, self.match_tensors = sent, by_row, match
         self.error: BaseException | None = None
         self.mark: transport.Mark | None = None
         self.marks: list[tuple[Part, transport.Mark]] = []
         self.host: list[Tensor] = []
+        self.host_by_row: dict[str, Tensor] = {}
         self.results: list[Tensor] = []
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
@@ -74,11 +75,11 @@ class Job:
         return self.slot.take(name, size, self.road.buffer).view(like.dtype).view(like.shape)
 
     def download(self, parts: list[Part]) -> None:
-        """Queue the copies of all parts; the segments travel with the first."""
+        """Queue the copies of all parts; what rows have travels with the first."""
         self.host = [self._buffer(f"sent{i}", x) for i, x in enumerate(self.sent)]
-        for i, x in enumerate(self.starts):
-            self.host.append(self._buffer(f"starts{i}", x))
-            self.road.download(self.host[-1], x)
+        for name, x in self.by_row.items():
+            self.host_by_row[name] = self._buffer(name, x)
+            self.road.download(self.host_by_row[name], x)
         names = ("position", "length", "flipped")
         self.results = [
             self._buffer(name, x)
@@ -87,7 +88,7 @@ class Job:
         ]
         for part in parts:
             rows = slice(part.begin, part.end)
-            for target, source in zip(self.host, self.sent, strict=False):
+            for target, source in zip(self.host, self.sent, strict=True):
                 mark = self.road.download(target[rows], source[rows])
             self.marks.append((part, mark))
 
@@ -97,7 +98,7 @@ class Job:
         for part, mark in self.marks:
             mark.synchronize()
             with record_function("rosakit::unpack"):
-                arrays = [x[part.begin : part.end].numpy() for x in self.host[:2]]
+                arrays = [x[part.begin : part.end].numpy() for x in self.host]
                 if self.packed:
                     arrays = [wire.unpack(x, length) for x in arrays]
             yield part, [x[None] for x in arrays]
@@ -110,7 +111,7 @@ class Job:
             self.slot.busy.synchronize()
             self.slot.busy = None
         rows = slice(part.begin, part.end)
-        starts = self.host[2][part.row : part.row + 1].numpy() if self.starts else None
+        by_row = {n: x[part.row : part.row + 1].numpy() for n, x in self.host_by_row.items()}
         out = [x[rows][None].numpy() for x in self.results]
         with record_function("rosakit::match"):
             native.match_into(
@@ -119,7 +120,8 @@ class Job:
                 out[0],
                 out[1],
                 out[2] if len(out) > 2 else None,
-                segment_starts=starts,
+                segment_starts=by_row.get("segment_starts"),
+                flip_at=by_row.get("flip_at"),
                 **self.rules,
             )
         targets = [x for x in self.match_tensors if x is not None]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rosakit import symbols
-from rosakit.errors import InvalidInputError
+from rosakit.errors import InvalidInputError, UnsupportedModelError
 from rosakit.layers import RosaAdapter, TokenRoute
 from rosakit.layers.projection import Projections
 from rosakit.tuning import attention
@@ -27,6 +27,7 @@ from rosakit.tuning.modules import (
     check_windowable,
     decoder_of,
     input_norm,
+    key_value_bytes,
     select_layers,
     window_form,
 )
@@ -87,6 +88,7 @@ def build(model: Any, config: RosaConfig) -> RosaController:
         top=model,
         injected=_adapters(model, config, sites, shared, projections) if config.adapters else {},
         projections=projections,
+        head=_lens_head(model, config),
     )
     return controller.train(model.training)
 
@@ -157,14 +159,15 @@ def _adapters(
 ) -> dict[int, InjectedAdapter]:
     hidden = _hidden_size(model, config)
     built = {}
-    for index in select_layers("layers", config.layers, len(sites)):
+    chosen = select_layers("layers", config.layers, len(sites))
+    for index in chosen:
         site = sites[index]
         adapter = RosaAdapter(
             hidden,
             bits=config.bits,
             routes=config.routes,
             estimator=config.estimator,
-            estimator_options=config.estimator_options,
+            estimator_options=config.all_estimator_options,
             inject=config.inject,
             unmatched=config.unmatched,
             granularity=config.granularity,
@@ -178,6 +181,10 @@ def _adapters(
             shared_qk=config.shared_qk,
             candidates=config.address_candidates + (config.far_distance is not None),
             length_tiers=config.length_tiers,
+            select=config.select,
+            select_tiers=config.select_tiers,
+            select_credit=config.select_credit,
+            select_lens=config.select_lens,
             hash_orders=config.hash_orders,
             hash_refine=config.hash_refine,
             hash_scale=config.hash_scale,
@@ -189,6 +196,9 @@ def _adapters(
             projections=projections,
             **_placement(config, site),
         )
+        weight = next(site.attention.parameters())
+        adapter.ordinary_bytes = len(sites) * key_value_bytes(model.config, weight.element_size())
+        adapter.peers = len(chosen)
         injected = InjectedAdapter(adapter, shared)
         if config.inject == "pre_attn":
             injected.set_norm(input_norm(site))
@@ -214,6 +224,20 @@ def _shared_projections(
         silent_addresses=config.address == "hash",
         **_placement(config, sites[0]),
     )
+
+
+def _lens_head(model: Any, config: RosaConfig) -> Any:
+    """The output embedding that lenses read, None without a lens."""
+    if not (config.adapters and config.select_lens):
+        return None
+    head, hidden = model.get_output_embeddings(), _hidden_size(model, config)
+    shape = tuple(getattr(getattr(head, "weight", None), "shape", ()))
+    if len(shape) != 2 or shape[1] != hidden:
+        raise UnsupportedModelError(
+            f"select_lens needs an output embedding of width {hidden}; {type(model).__name__} has "
+            f"{'one of shape ' + str(list(shape)) if shape else 'none'}; use select_lens=False"
+        )
+    return head
 
 
 def _hidden_size(model: Any, config: RosaConfig) -> int:

@@ -40,6 +40,7 @@ _FREE = {
     "global_layers",
     "estimator",
     "estimator_options",
+    "counterfactual_stride",
     "tied_start",
     "adapter_dtype",
 }

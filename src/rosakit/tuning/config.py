@@ -70,6 +70,12 @@ class RosaConfig:
     estimator_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Options of the estimator, as a mapping."}
     )
+    counterfactual_stride: int = option(
+        1,
+        "Counterfactual estimator: credit one of so many query positions, drawn anew for other "
+        "bits and counted as often; 1 for every position.",
+        low=1,
+    )
     inject: Literal["post_attn", "pre_attn"] = option(
         "post_attn", "Add the result to the attention's output, or mix it into its input."
     )
@@ -116,6 +122,27 @@ class RosaConfig:
         (),
         "Address token and fixed hash: minimal match lengths that the routes take in turn; empty "
         "for min_length in all of them.",
+    )
+    select: int = option(
+        0,
+        "Address token: width of learned products of hidden states that choose which candidate all "
+        "routes read; 0 deals candidates to the routes by rank.",
+        low=0,
+    )
+    select_tiers: tuple[float, ...] = option(
+        (),
+        "Learned choice: shares of the chosen candidate below which routes read nothing, taken in "
+        "turn; empty for reading everywhere.",
+    )
+    select_credit: bool = option(
+        True,
+        "Learned choice: it learns from the language-model loss as well, straight through the hard "
+        "read; false leaves it to the address loss.",
+    )
+    select_lens: bool = option(
+        False,
+        "Learned choice: score candidates by the model's own logits of their tokens as well, as "
+        "far as the layer's input knows them.",
     )
     hash_orders: tuple[int, ...] = option(
         (1, 2, 3, 4), "Address hash: tokens a context, dealt to the routes in turn."
@@ -165,12 +192,25 @@ class RosaConfig:
             if len(set(items)) != len(items):
                 raise InvalidInputError(f"RosaConfig.{name} names a layer twice: {list(items)}")
         check_options(self.estimator, self.estimator_options)
+        if self.counterfactual_stride > 1 and self.estimator != "counterfactual":
+            raise InvalidInputError(
+                f"RosaConfig.counterfactual_stride={self.counterfactual_stride} samples the flips "
+                f"of estimator='counterfactual', not {self.estimator!r}; leave it at 1"
+            )
+        if self.counterfactual_stride > 1 and "stride" in self.estimator_options:
+            raise InvalidInputError(
+                "RosaConfig.counterfactual_stride and estimator_options['stride'] say the same; "
+                "give one of them"
+            )
         check_address_options(
             self.address,
             learned=self.learns_address,
             shared_qk=self.shared_qk,
             candidates=self.address_candidates,
             length_tiers=self.length_tiers,
+            select=self.select,
+            select_tiers=self.select_tiers,
+            select_lens=self.select_lens,
             hash_orders=self.hash_orders,
             hash_refine=self.hash_refine,
             hash_scale=self.hash_scale,
@@ -217,6 +257,13 @@ class RosaConfig:
     def learns_address(self) -> bool:
         """Whether adapters have trained projections of queries and keys."""
         return self.address == "learned" or (self.address == "hash" and self.hash_refine)
+
+    @property
+    def all_estimator_options(self) -> dict[str, Any]:
+        """Options of the estimator, those included that are fields of their own."""
+        if self.counterfactual_stride == 1:
+            return self.estimator_options
+        return {**self.estimator_options, "stride": self.counterfactual_stride}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold."""

@@ -38,6 +38,7 @@ class RosaController(nn.Module):
         top: the model that owns the output embedding (only its signature is read).
         injected: the adapters by layer index.
         projections: the projections that all of them share, or None.
+        head: the output embedding, for selections with a lens, or None.
 
     Attributes:
         original_attention: the attention implementation to restore, None without a window.
@@ -59,8 +60,11 @@ class RosaController(nn.Module):
         top: nn.Module,
         injected: dict[int, InjectedAdapter],
         projections: Projections | None,
+        head: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        # Out of the module tree: it belongs to the model.
+        self.__dict__["head"] = head
         self.config, self.windowed, self.token_route = config, windowed, token_route
         self.projections = projections
         # A plain dict: the adapters belong to the decoder layers, where they are sharded and moved.
@@ -174,6 +178,14 @@ class RosaController(nn.Module):
                 "Detach, and attach with window=None"
             )
 
+    def _output_rows(self) -> Tensor | None:
+        """The weight of the output embedding, without gradient, if a lens reads it."""
+        head = self.__dict__["head"]
+        if head is None:
+            return None
+        weight: Tensor = head.weight.detach()
+        return weight
+
     @property
     def _needs_ids(self) -> bool:
         return self._matches_tokens or (bool(self.injected) and self.config.address == "hash")
@@ -268,7 +280,7 @@ class RosaController(nn.Module):
             plan = AttentionPlan(
                 where, lambda: where, lambda: where, plain=starts is None, whole=True
             )
-        rosa = RosaContext(input_ids=ids, segment_starts=starts)
+        rosa = RosaContext(input_ids=ids, segment_starts=starts, output_rows=self._output_rows())
         if self._matches_tokens:
             assert ids is not None
             count = self._candidate_count
@@ -324,7 +336,7 @@ class RosaController(nn.Module):
                 clear=clear,
                 contiguous=real is None or layout.contiguous(real),
             )
-        rosa = RosaContext(input_ids=ids, mask=real, states=states)
+        rosa = RosaContext(input_ids=ids, mask=real, states=states, output_rows=self._output_rows())
         if self._matches_tokens:
             assert ids is not None
             tokens = states.tokens(batch, self._candidate_count, 1)

@@ -51,7 +51,7 @@ def layer_health(
         return values, []
     values["levels"] = float((adapter.e1 - adapter.e0).abs().float().mean())
     q = k = None
-    if index in context.inputs:
+    if index in context.inputs and adapter.learns_address:
         q, k = adapter.addresses(context.inputs[index], context)
         packed = symbols.pack(q, adapter.bits)
         values |= symbol_health(packed, adapter.bits, segment_starts=starts)

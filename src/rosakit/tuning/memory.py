@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from rosakit import cuda
+from rosakit.cuda.stream import bytes_a_symbol
 from rosakit.errors import InvalidInputError
+from rosakit.layers.device_state import DeviceState, auto_positions
+from rosakit.layers.projection import copied_numbers
+from rosakit.layers.state import AdapterState
 from rosakit.tuning.cache import RosaCacheLayer
 from rosakit.tuning.config import RosaConfig
-from rosakit.tuning.modules import select_layers
+from rosakit.tuning.modules import key_value_bytes, select_layers
 from rosakit.tuning.retention import RESERVE
 
 __all__ = ["CacheMemory", "cache_memory", "plan_memory"]
@@ -29,22 +34,26 @@ class CacheMemory:
         context: positions seen, rows together.
         window: keys and values of windowed layers (on the model's device).
         full: keys and values of the other layers (on the model's device).
+        states: adapters' streaming states that lie on the model's device.
         suffix: suffix memories of the adapters and of the token route (host memory).
-        history: value bits and token ids (host memory).
+        history: value bits, token ids and selection keys (host memory).
         plain: keys and values of the same context in an ordinary cache, for comparison.
+        copies: adapters' weights side by side, as decoding reads them (on the model's device).
     """
 
     context: int
     window: int
     full: int
+    states: int
     suffix: int
     history: int
     plain: int
+    copies: int = 0
 
     @property
     def device(self) -> int:
         """Bytes on the model's device."""
-        return self.window + self.full
+        return self.window + self.full + self.states + self.copies
 
     @property
     def host(self) -> int:
@@ -67,7 +76,8 @@ class CacheMemory:
             return f"{_shown(part)}{of}"
 
         return (
-            f"{self.context} tokens: keys and values {share(self.device)}, "
+            f"{self.context} tokens: on the model's device {share(self.device)}"
+            f"{f', {_shown(self.states)} of it suffix state' if self.states else ''}, "
             f"suffix state in host memory {share(self.host)}"
         )
 
@@ -101,15 +111,24 @@ def cache_memory(cache: Any) -> CacheMemory:
             window += size
         else:
             full += size
-    suffix = history = 0
+    on_device = suffix = history = 0
     states = carrier.states
     for state in states.adapters.values():
+        if isinstance(state, DeviceState):
+            on_device += state.nbytes
+            continue
         suffix += 0 if state.memory is None else state.memory.nbytes
         history += state.values.nbytes
+        if isinstance(state, AdapterState) and state.keys is not None:
+            history += state.keys.nbytes
     if states.token is not None:
         suffix += states.token.memory.nbytes
         history += states.token.tokens.nbytes
-    return CacheMemory(rows * carrier.index.length, window, full, suffix, history, plain)
+    if states.far is not None:
+        suffix += states.far.memory.nbytes
+        history += states.far.tokens.nbytes
+    seen = rows * carrier.index.length
+    return CacheMemory(seen, window, full, on_device, suffix, history, plain, states.copies.nbytes)
 
 
 def plan_memory(
@@ -119,6 +138,7 @@ def plan_memory(
     *,
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
+    gpu: bool | None = None,
 ) -> CacheMemory:
     """Bytes that a cache of a model attached so will hold (suffix states: an estimate).
 
@@ -128,6 +148,7 @@ def plan_memory(
         context: tokens of each row.
         batch: rows.
         dtype: of keys and values.
+        gpu: whether the model runs on a GPU, where states may lie; None for whether there is one.
 
     Raises:
         InvalidInputError: a context or batch below 1.
@@ -137,10 +158,8 @@ def plan_memory(
             f"context and batch must be at least 1, got context={context}, batch={batch}"
         )
     text = model_config.get_text_config(decoder=True)
-    layers, heads = text.num_hidden_layers, text.num_attention_heads
-    groups = getattr(text, "num_key_value_heads", None) or heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    token = 2 * groups * width * dtype.itemsize * batch
+    layers = text.num_hidden_layers
+    token = key_value_bytes(model_config, dtype.itemsize) * batch
     unbounded = select_layers("global_layers", config.global_layers, layers)
     windowed = 0 if config.window is None else layers - len(unbounded)
     visible = config.sink_tokens + (config.window or 0)
@@ -150,15 +169,37 @@ def plan_memory(
         adapters = len(select_layers("layers", config.layers, layers))
         routes = config.routes or text.hidden_size // config.bits
     learned = adapters * routes if config.address == "learned" else 0
-    tokens = int(config.token_route or (adapters > 0 and config.address == "token"))
+    reads_tokens = adapters > 0 and config.address == "token"
+    tokens = int(config.token_route or reads_tokens)
+    tokens += int(reads_tokens and config.far_distance is not None)
+    copies = 0
+    if learned:
+        copies = copied_numbers(text.hidden_size, routes * config.bits, config.projection_rank)
+        own = dtype if config.adapter_dtype == "auto" else getattr(torch, config.adapter_dtype)
+        copies *= own.itemsize * (1 if config.share_projections else adapters)
     symbols = context * batch
+    gpu = cuda.available() if gpu is None else gpu
+    held_there = learned and gpu and config.bits <= 8 and config.granularity == "token"
+    if held_there and config.backend == "auto":
+        ordinary = layers * key_value_bytes(model_config, dtype.itemsize)
+        allowed = auto_positions(routes, config.bits, batch, adapters, ordinary)
+        held_there = context <= allowed
+    elif held_there:
+        held_there = config.backend == "cuda"
+    # Selection keys are float32, two products wide.
+    history = adapters * (routes * (1 if config.bits <= 8 else 2) + 2 * config.select * 4)
+    states = 0
+    if held_there:
+        states, learned, history = round(learned * bytes_a_symbol(config.bits) * symbols), 0, 0
     return CacheMemory(
         symbols,
         window=windowed * token * held,
         full=(layers - windowed) * token * context,
+        states=states,
         suffix=(learned + tokens) * BYTES_A_SYMBOL * symbols,
-        history=(adapters * routes * (1 if config.bits <= 8 else 2) + 4 * tokens) * symbols,
+        history=(history + 4 * tokens) * symbols,
         plain=layers * token * context,
+        copies=copies,
     )
 
 

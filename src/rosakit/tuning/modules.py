@@ -249,3 +249,17 @@ def takes_keywords(function: Any) -> bool:
     """Whether a function accepts keyword arguments that it does not name."""
     parameters = inspect.signature(function).parameters.values()
     return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def key_value_bytes(model_config: Any, itemsize: int) -> int:
+    """Bytes of keys and values that one layer of an ordinary cache holds for a position.
+
+    Args:
+        model_config: the model's configuration (`transformers.PreTrainedConfig`).
+        itemsize: bytes of a number.
+    """
+    text = model_config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(2 * groups * width * itemsize)

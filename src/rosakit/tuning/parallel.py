@@ -7,7 +7,7 @@ from typing import Any
 
 from rosakit.errors import UnsupportedModelError
 
-__all__ = ["check_parallelism", "processes"]
+__all__ = ["check_deepspeed", "check_parallelism", "deepspeed_launched", "processes"]
 
 _SPLITS = {
     "cp_size": "context parallelism",
@@ -19,6 +19,28 @@ _SPLITS = {
 def processes() -> int:
     """Processes that a launcher (accelerate, torchrun, deepspeed) started for this run."""
     return max(1, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def deepspeed_launched() -> bool:
+    """Whether accelerate's launcher asked for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes")
+
+
+def check_deepspeed(accelerator: Any) -> None:
+    """Refuse a launch with DeepSpeed that runs without it.
+
+    accelerate leaves DeepSpeed out without a word where the CPU is asked for: every process would
+    hold all of the optimizer's state.
+
+    Raises:
+        UnsupportedModelError: DeepSpeed was asked for and is not what runs.
+    """
+    kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
+    if deepspeed_launched() and kind != "DEEPSPEED":
+        raise UnsupportedModelError(
+            f"the launch asks for DeepSpeed, but accelerate set up {kind}; leave out --cpu, "
+            "use_cpu and ACCELERATE_USE_CPU, or launch with another configuration"
+        )
 
 
 def check_parallelism(accelerator: Any) -> None:

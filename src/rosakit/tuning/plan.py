@@ -146,6 +146,12 @@ def _memory(model: Any, config: TuneConfig, trained: list[Any]) -> dict[str, int
         routes = rosa.routes or hidden // rosa.bits
         # Positions, lengths and flipped positions are int32; q, k, v and y follow.
         layer += rows * (routes * (2 + rosa.bits) * 4 + 4 * routes * rosa.bits * width)
+        if rosa.select:
+            # Keys of the candidates, and the value of each where the choice gets credit.
+            among = rosa.address_candidates + (rosa.far_distance is not None)
+            credit = routes * rosa.bits * width if rosa.select_credit else 0
+            layer += rows * among * (2 * rosa.select * 4 + credit)
+            layer += rows * among * hidden * 4 if rosa.select_lens else 0
     kept = (
         rows * hidden * width * layers + layer if config.gradient_checkpointing else layer * layers
     )

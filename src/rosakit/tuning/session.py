@@ -95,6 +95,8 @@ def save_session(
         for number, state in states.adapters.items():
             assert isinstance(state, AdapterState)  # `settle` has seen to it
             yield _history("bits", state.values, layer=number)
+            if state.keys is not None:
+                yield _history("selection_keys", state.keys, layer=number)
             if state.memory is not None:
                 yield {"name": "memory", "layer": number}, state.memory.to_bytes()
         if states.token is not None:
@@ -148,6 +150,10 @@ def load_session(path: str | os.PathLike[str], model: Any) -> Session:
                 history = _read_history(head, data)
                 state = carrier.states.adapter(adapters[number], len(history.lengths))
                 state.values = history
+            elif name == "selection_keys":
+                history = _read_history(head, data)
+                state = carrier.states.adapter(adapters[number], len(history.lengths))
+                state.keys = history
             elif name == "memory":
                 memory = SuffixMemory.from_bytes(data, str(path))
                 carrier.states.adapter(adapters[number], memory.batch).memory = memory
@@ -201,7 +207,7 @@ def _digest(model: Any) -> dict[str, Any]:
             digest.update(str(tuple(parameter.shape)).encode() + picked.numpy().tobytes())
     controller, decoder = controller_of(model), decoder_of(model)
     training_only = (
-        *("estimator", "estimator_options", "credit_margin"),
+        *("estimator", "estimator_options", "counterfactual_stride", "credit_margin"),
         *("adapter_dtype", "backend", "recall_offload"),
     )
     options = controller.config.to_dict()

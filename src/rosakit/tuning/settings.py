@@ -167,10 +167,15 @@ class TuneConfig:
         if self.address_loss == "none":
             return
         rosa = self.rosa
-        if rosa is None or not rosa.adapters or not rosa.learns_address:
+        if rosa is None or not rosa.adapters or not (rosa.learns_address or rosa.select):
             raise InvalidInputError(
                 f"address_loss={self.address_loss!r} teaches learned addresses; set adapters, and "
-                "address='learned' or hash_refine"
+                "address='learned', hash_refine or select"
+            )
+        if self.address_loss == "teacher" and rosa.select:
+            raise InvalidInputError(
+                "a learned choice among exact matches is taught by the tokens that follow; use "
+                "address_loss='next_token'"
             )
         if self.address_loss == "teacher" and rosa.window is None:
             raise InvalidInputError(

@@ -25,6 +25,7 @@ from rosakit.tuning.settings import TuneConfig
 __all__ = [
     "BASE",
     "TwoStages",
+    "innermost",
     "learning_rates",
     "parameter_groups",
     "rate_at",
@@ -41,7 +42,7 @@ def parameter_groups(model: Any, config: TuneConfig) -> list[dict[str, Any]]:
         addressing = {
             id(p)
             for adapter in adapters_of(model).values()
-            for projection in (adapter.q_proj, adapter.k_proj)
+            for projection in (adapter.q_proj, adapter.k_proj, adapter.selection)
             if projection is not None
             for p in projection.parameters()
         }
@@ -138,12 +139,12 @@ class TwoStages(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stage = 0  # parameters are as they were built, whatever was resumed
-        self._enter(state, kwargs["model"])
+        self._enter(state, kwargs["model"], kwargs.get("optimizer"))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._enter(state, kwargs["model"])
+        self._enter(state, kwargs["model"], kwargs.get("optimizer"))
 
-    def _enter(self, state: Any, model: nn.Module) -> None:
+    def _enter(self, state: Any, model: nn.Module, optimizer: Any) -> None:
         stage = 1 if state.global_step < round(self.begin * state.max_steps) else 2
         if stage == self.stage:
             return
@@ -158,3 +159,33 @@ class TwoStages(TrainerCallback, ExportableState):  # type: ignore[misc]
             parameter.requires_grad_(stage == 2)
             if stage == 1:
                 parameter.grad = None
+        if stage == 2 and optimizer is not None:
+            _begin_afresh(innermost(optimizer))
+
+
+def innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrapper and, inside that, a ZeRO optimizer.
+
+    ZeRO's own is no `torch.optim.Optimizer`, which schedules ask for; it takes the rate of each
+    group from the one within.
+    """
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    found: torch.optim.Optimizer = optimizer
+    return found
+
+
+def _begin_afresh(optimizer: torch.optim.Optimizer) -> None:
+    """Let the steps of parameters that have had no gradient so far count for nothing.
+
+    ZeRO feeds frozen parameters zeros, and Adam's correction of its first moments would have worn
+    off by the time they learn.
+    """
+    for state in optimizer.state.values():
+        square, step = state.get("exp_avg_sq"), state.get("step")
+        if square is None or step is None or bool(square.any()):
+            continue
+        if isinstance(step, Tensor):
+            step.zero_()
+        else:
+            state["step"] = 0

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rosakit.errors import InvalidInputError
 from rosakit.layers import RosaContext
+from rosakit.layers.selection import selection_loss
 from rosakit.layers.supervision import (
     AddressTargets,
     AttentionTargets,
@@ -57,11 +58,18 @@ class AddressTeacher:
         if ids is None or not wanted:
             raise InvalidInputError(
                 "the address loss found no learned addresses in this pass; it needs input_ids and "
-                "adapters with address='learned' or hash_refine"
+                "adapters with address='learned', hash_refine or select"
             )
-        targets = self._targets(model, context, ids, inputs, tuple(wanted))
+        learned = tuple(i for i, adapter in wanted.items() if adapter.selection is None)
+        targets = self._targets(model, context, ids, inputs, learned) if learned else {}
         total = torch.zeros((), device=ids.device)
         for index, adapter in wanted.items():
+            if adapter.selection is not None:
+                share, found = adapter.selection_shares(context.inputs[index], context)
+                total = total + selection_loss(
+                    share, found.position, ids, segment_starts=context.segment_starts
+                )
+                continue
             q, k = adapter.addresses(context.inputs[index], context)
             total = total + address_loss(q, k, targets[index], bits=adapter.bits)
         return total / len(wanted)

@@ -292,8 +292,8 @@ def _metrics(
         "steps_planned": steps,
         "tokens": trainer.state.global_step * _tokens_a_step(config),
         "seconds": round(seconds, 2),
-        "parameters_trained": sum(p.numel() for p in trained),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters_trained": sum(map(_numbers, trained)),
+        "parameters": sum(map(_numbers, model.parameters())),
         "train_loss": _tail_mean(trainer.losses),
         "heldout_loss": evaluated[-1] if evaluated else None,
         "health": trainer.accelerator.unwrap_model(trainer.model).health,
@@ -313,6 +313,11 @@ def _metrics(
             "transformers": transformers.__version__,
         },
     }
+
+
+def _numbers(parameter: Tensor) -> int:
+    """Numbers in a whole parameter; under ZeRO-3 the tensor at hand may be empty."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _tokens_a_step(config: TuneConfig) -> int:

@@ -26,11 +26,11 @@ from rosakit.files import atomic_write, sync
 from rosakit.tuning.checkpoint import fingerprint
 from rosakit.tuning.loss import LossModel
 from rosakit.tuning.packing import collate
-from rosakit.tuning.parallel import check_parallelism
+from rosakit.tuning.parallel import check_deepspeed, check_parallelism, deepspeed_launched
 from rosakit.tuning.result import load_trained, save_trained
 from rosakit.tuning.sealed import LOSSES, checkpoints, last_checkpoint, seal, verify_checkpoint
 from rosakit.tuning.settings import TuneConfig
-from rosakit.tuning.stages import TwoStages, learning_rates, parameter_groups
+from rosakit.tuning.stages import TwoStages, innermost, learning_rates, parameter_groups
 
 __all__ = ["RosaTrainer", "StopCallback", "last_checkpoint", "verify_checkpoint"]
 
@@ -88,7 +88,10 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
             eval_strategy="steps" if config.eval_every and eval_blocks is not None else "no",
             eval_steps=config.eval_every or None,
             seed=config.seed,
-            use_cpu=device.type == "cpu",
+            # With use_cpu accelerate would leave DeepSpeed out without a word.
+            use_cpu=device.type == "cpu" and not deepspeed_launched(),
+            # And without a GPU it would start it without a backend, each process alone.
+            ddp_backend="gloo" if device.type == "cpu" and deepspeed_launched() else None,
             disable_tqdm=True,
             report_to=list(config.report_to) or "none",
             bf16=precision == "bfloat16",
@@ -112,6 +115,7 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
             eval_dataset=eval_blocks,
             callbacks=[_Observe(self), *_built_in(config), *callbacks],
         )
+        check_deepspeed(self.accelerator)
         check_parallelism(self.accelerator)
         # The base's weights are whole here; sharded over processes they have no digest.
         self.base_model = None if config.base_from is not None else fingerprint(model.model)
@@ -216,8 +220,7 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
         scheduler: Any = getattr(self, "lr_scheduler", None)
         if scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
-            inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-            scheduler = learning_rates(inner, self.config, num_training_steps)
+            scheduler = learning_rates(innermost(optimizer), self.config, num_training_steps)
             self.lr_scheduler, self._created_lr_scheduler = scheduler, True
         return scheduler
 
@@ -277,11 +280,12 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
     def full_tensors(self) -> dict[str, Tensor] | None:
         """All parameters by their name in the language model where they are sharded, else None.
 
-        Every process must call it; only the first one gets the tensors.
+        Every process must call it; only the first one is sure to get the tensors (ZeRO-3 gives
+        the others nothing).
         """
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return None
-        return _inner_names(self.accelerator.get_state_dict(self.model_wrapped))
+        return _inner_names(self.accelerator.get_state_dict(self.model_wrapped) or {})
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """The Trainer's; what was trained is put back before the model is wrapped or sharded."""

@@ -1,5 +1,6 @@
 // Retrieval and the counterfactual backward pass under emulation, with a C face for ctypes.
 #include "emulator.hpp"
+#include "format.cuh"
 #include "credit.cu"
 
 namespace {

@@ -18,7 +18,8 @@ from rosakit.native import bitflip as native_bitflip
 from rosakit.ops.estimators.registry import MatchOptions
 from rosakit.ops.retrieve import retrieve_forward
 
-_COPIES = 1 << 22  # symbols of flipped copies matched at once by the naive form
+_COPIES = {"cpu": 1 << 22, "cuda": 1 << 25}
+"""Channels of flipped copies that the naive form matches at once: a GPU waits for small ones."""
 
 NONE, QUERY_KEY, STREAM = "none", "qk", "qkv"
 """Which of q, k and v are one tensor, so that a flip of a bit flips it in all of them."""
@@ -62,7 +63,7 @@ def credit_naive(
     out = [torch.zeros(shape, dtype=work, device=q.device) for _ in "qk"]
     flips = torch.cat([torch.arange(p, length * bits, stride) for p in phases]).to(q.device)
     weight = stride / len(phases)
-    per_call = max(1, _COPIES // max(1, q.numel()))
+    per_call = max(1, _COPIES.get(q.device.type, 1 << 22) // max(1, q.numel()))
     flipped_together = {NONE: ((0,), (1,)), QUERY_KEY: ((0, 1),), STREAM: ((0, 1, 2),)}[tied]
     for some in flips.split(per_call):
         mask = torch.zeros(len(some), length, 1, bits, dtype=torch.bool, device=q.device)

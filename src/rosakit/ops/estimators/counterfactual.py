@@ -11,6 +11,9 @@ and ``S(p) = sum_c theta[t, c] * vf[p, c]`` over the channels ``c`` of the route
     dk[l*, m] = p_k (1 - p_k) * (sum over t of S(l) [pos^(m,1)(t) = l] - the same for bit 0)
 
 Per bit one of the two positions is the factual one, so ``M + 1`` gathers of ``[B, R, T, M]`` do.
+
+``stride > 1`` credits a sample of the query positions (`rosakit.ops.estimators.sampling`), each
+counted `stride` times: `dq` and `dk` are the full ones on average; `dv` is exact.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from rosakit.errors import InvalidInputError
 from rosakit.ops import rows
 from rosakit.ops.estimators.given import read_given
 from rosakit.ops.estimators.registry import MatchOptions, register
+from rosakit.ops.estimators.sampling import check_stride, sample_positions, sampled_mask
 from rosakit.ops.retrieve import gpu_kernels, read, retrieve_backward
 from rosakit.types import Match, Unmatched
 
@@ -46,6 +50,8 @@ def counterfactual(
     key_credit: KeyCredit = "matched",
     soft_values: bool = True,
     temperature: float = 1.0,
+    stride: int = 1,
+    seed: int = 0,
 ) -> tuple[Tensor, Match]:
     """Hard retrieval forward, counterfactual gradients backward.
 
@@ -63,22 +69,29 @@ def counterfactual(
             read (the published rule).
         soft_values: contrast ``sigmoid(v)`` (default) or the hard bits.
         temperature: ``T`` of ``p = sigmoid(T x)`` for the slopes of q and k.
+        stride: 1: every query position is credited. Larger: one of every `stride`, drawn from the
+            bits of `q` and `seed`, counted `stride` times; the CPU finds flips at those only.
+        seed: another seed draws other positions.
 
     Returns:
         ``y [B, T, C]`` and the match that it read.
 
     Raises:
-        InvalidInputError: an unknown `key_credit` or a temperature that is not positive.
+        InvalidInputError: an unknown `key_credit`, a temperature that is not positive, or a
+            stride below 1.
     """
     if key_credit not in ("matched", "successor"):
         raise InvalidInputError(f"key_credit must be 'matched' or 'successor', got {key_credit!r}")
     if not temperature > 0:
         raise InvalidInputError(f"temperature must be positive, got {temperature}")
+    check_stride(stride)
     credit = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    sampled = sample_positions(q, stride, seed) if credit and stride > 1 else None
     if match.given is not None:
         return read_given(
             *(q, k, v, e0, e1, e_null, match.segment_starts, match.given, credit),
             (bits, match.granularity, unmatched, key_credit, soft_values, temperature),
+            (sampled, stride),
         )
     y, position, length, cf = torch.ops.rosakit.counterfactual(
         q,
@@ -99,6 +112,8 @@ def counterfactual(
         key_credit,
         soft_values,
         temperature,
+        sampled,
+        stride,
     )
     return y, Match(position, length, cf if credit else None)
 
@@ -120,6 +135,8 @@ def credit_naive(
     key_credit: str,
     soft_values: bool,
     temperature: float,
+    sampled: Tensor | None = None,
+    stride: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The definition above, line by line: ``dq, dk [B, T, C]``.
 
@@ -127,6 +144,8 @@ def credit_naive(
         grad, q, k, v: ``[B, T, C]``.
         position: int32 ``[B, R, T]``.
         cf_position: int32 ``[B, R, T, M]``.
+        sampled: int64 ``[B, n]``, the positions that are credited, each `stride` times; None for
+            all of them.
     """
     batch, length, _ = q.shape
     work = torch.promote_types(grad.dtype, torch.float32)
@@ -135,25 +154,44 @@ def credit_naive(
     value = rows.add_null_row(rows.to_rows(value, bits))
     sign = rows.to_rows(torch.where(q > 0, 1.0, -1.0).to(work), bits)  # +1: the factual bit is 1
 
-    read = rows.row_index(rows.effective_position(position, unmatched))
+    chosen = None if sampled is None else _sampled_rows(sampled, position)
+
+    def pick(x: Tensor) -> Tensor:
+        return x if chosen is None else x[chosen]
+
+    theta, sign = pick(theta), pick(sign)
+    read = pick(rows.row_index(rows.effective_position(position, unmatched)))
     factual = (theta * value[read]).sum(1)
     slope_q = torch.empty_like(theta)
-    slope_k = torch.empty_like(theta)
+    slope_k = value.new_empty(value.shape[0] - 1, bits)
+    to_key = pick(_credited_rows(position, k, segment_starts, bits, granularity, key_credit))
     for m in range(bits):
         flipped_position = rows.effective_position(cf_position[..., m], unmatched)
-        flipped_read = rows.row_index(flipped_position)
+        flipped_read = pick(rows.row_index(flipped_position))
         flipped = (theta * value[flipped_read]).sum(1)
         slope_q[:, m] = sign[:, m] * (factual - flipped)
-        to_key = _credited_rows(position, k, segment_starts, bits, granularity, key_credit)
-        to_flipped_key = _credited_rows(
-            cf_position[..., m], k, segment_starts, bits, granularity, key_credit
+        to_flipped_key = pick(
+            _credited_rows(cf_position[..., m], k, segment_starts, bits, granularity, key_credit)
         )
-        slope_k[:, m] = rows.scatter_rows(sign[:, m] * factual, to_key) - rows.scatter_rows(
-            sign[:, m] * flipped, to_flipped_key
+        count = slope_k.shape[0]
+        slope_k[:, m] = rows.scatter_rows(sign[:, m] * factual, to_key, count) - rows.scatter_rows(
+            sign[:, m] * flipped, to_flipped_key, count
         )
+    if chosen is not None:
+        slope_q = rows.scatter_rows(stride * slope_q, chosen, slope_k.shape[0])
+        slope_k = stride * slope_k
     dq = rows.from_rows(slope_q, batch, length) * _slope(q, temperature, work)
     dk = rows.from_rows(slope_k, batch, length) * _slope(k, temperature, work)
     return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous()
+
+
+def _sampled_rows(sampled: Tensor, position: Tensor) -> Tensor:
+    """Rows of the sampled positions of every route, ascending: int64 ``[B * R * n']``."""
+    batch, routes, length = position.shape
+    base = torch.arange(batch * routes, device=position.device).view(batch, routes, 1) * length
+    index = (base + sampled[:, None]).flatten()
+    inside = (sampled < length)[:, None].expand(batch, routes, -1).flatten()
+    return index[inside]
 
 
 def _slope(x: Tensor, temperature: float, work: torch.dtype) -> Tensor:
@@ -233,6 +271,8 @@ def _counterfactual_op(
     key_credit: str,
     soft_values: bool,
     temperature: float,
+    sampled: Tensor | None = None,
+    stride: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = gpu_kernels(v, e0, bits)
     pack = symbols.pack if kernels is None else kernels.pack
@@ -246,6 +286,7 @@ def _counterfactual_op(
         min_length,
         bits if credit else 0,
         backend,
+        None if sampled is None else sampled_mask(sampled, q.shape[1]),
     )
     y = read(v, position, e0, e1, e_null, bits, unmatched)
     return y, position, length, cf
@@ -271,6 +312,8 @@ def _(
     key_credit: str,
     soft_values: bool,
     temperature: float,
+    sampled: Tensor | None = None,
+    stride: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, channels = q.shape
     shape = (batch, channels // bits, length)
@@ -297,6 +340,8 @@ def _counterfactual_backward_op(
     key_credit: str,
     soft_values: bool,
     temperature: float,
+    sampled: Tensor | None = None,
+    stride: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     kernels = gpu_kernels(v, e0, bits)
     if kernels is not None and cf_position.shape[-1]:
@@ -321,7 +366,11 @@ def _counterfactual_backward_op(
                 temperature=temperature,
             )
         )
-        return fused
+        if sampled is None:
+            return fused
+        # Elsewhere a flip reads what the match reads, which the kernel gives no credit.
+        dq, dk = fused[0] * stride, fused[1] * stride
+        return dq, dk, *fused[2:]
     dv, de0, de1, de_null = retrieve_backward(grad, v, position, e0, e1, bits, unmatched)
     if cf_position.shape[-1] == 0:
         return torch.zeros_like(q), torch.zeros_like(k), dv, de0, de1, de_null
@@ -341,6 +390,8 @@ def _counterfactual_backward_op(
         key_credit=key_credit,
         soft_values=soft_values,
         temperature=temperature,
+        sampled=sampled,
+        stride=stride,
     )
     return dq, dk, dv, de0, de1, de_null
 
@@ -362,6 +413,8 @@ def _(
     key_credit: str,
     soft_values: bool,
     temperature: float,
+    sampled: Tensor | None = None,
+    stride: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(x: Tensor) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -374,18 +427,18 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, v, e0, e1, e_null, segment_starts, bits, granularity = inputs[:9]
     _, position, length, cf = output
     ctx.mark_non_differentiable(position, length, cf)
-    ctx.save_for_backward(q, k, v, e0, e1, position, cf, segment_starts)
+    ctx.save_for_backward(q, k, v, e0, e1, position, cf, segment_starts, inputs[18])
     ctx.null_dtype = None if e_null is None else e_null.dtype
-    ctx.options = (bits, granularity, inputs[13], *inputs[15:18])
+    ctx.options, ctx.stride = (bits, granularity, inputs[13], *inputs[15:18]), inputs[19]
 
 
 def _backward(ctx, grad, *_: Any):  # type: ignore[no-untyped-def]
-    q, k, v, e0, e1, position, cf, segment_starts = ctx.saved_tensors
+    *tensors, sampled = ctx.saved_tensors
     dq, dk, dv, de0, de1, de_null = torch.ops.rosakit.counterfactual_backward(
-        grad, q, k, v, e0, e1, position, cf, segment_starts, *ctx.options
+        grad, *tensors, *ctx.options, sampled, ctx.stride
     )
     de_null = None if ctx.null_dtype is None else de_null.to(ctx.null_dtype)
-    return dq, dk, dv, de0, de1, de_null, *[None] * 12
+    return dq, dk, dv, de0, de1, de_null, *[None] * 14
 
 
 _counterfactual_op.register_autograd(_backward, setup_context=_setup_context)

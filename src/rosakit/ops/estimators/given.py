@@ -23,12 +23,14 @@ def read_given(
     given: Match,
     credit: bool,
     options: tuple[Any, ...],
+    sample: tuple[Tensor | None, int] = (None, 1),
 ) -> tuple[Tensor, Match]:
     """Read a match that was found ahead.
 
     Args:
         given: positions ``[B, R, T]``, with flipped ones for `credit`.
         options: bits, granularity, unmatched, key_credit, soft_values, temperature.
+        sample: the credited positions ``[B, n]`` (None for all) and how often each counts.
 
     Raises:
         InvalidInputError: gradients are wanted and `given` has no flipped positions.
@@ -42,7 +44,7 @@ def read_given(
     if not credit or flipped is None:
         flipped = given.position.new_empty((*given.position.shape, 0))
     tensors = (q, k, v, e0, e1, e_null, segment_starts, given.position, flipped)
-    y = torch.ops.rosakit.counterfactual_read(*tensors, *options)
+    y = torch.ops.rosakit.counterfactual_read(*tensors, *options, *sample)
     return y, given
 
 
@@ -63,6 +65,8 @@ def _read_op(
     key_credit: str,
     soft_values: bool,
     temperature: float,
+    sampled: Tensor | None = None,
+    stride: int = 1,
 ) -> Tensor:
     return read(v, position, e0, e1, e_null, bits, unmatched)
 
@@ -84,24 +88,26 @@ def _(
     key_credit: str,
     soft_values: bool,
     temperature: float,
+    sampled: Tensor | None = None,
+    stride: int = 1,
 ) -> Tensor:
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
 def _setup_read(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, v, e0, e1, e_null, segment_starts, position, cf = inputs[:9]
-    ctx.save_for_backward(q, k, v, e0, e1, position, cf, segment_starts)
+    ctx.save_for_backward(q, k, v, e0, e1, position, cf, segment_starts, inputs[15])
     ctx.null_dtype = None if e_null is None else e_null.dtype
-    ctx.options = inputs[9:]
+    ctx.options, ctx.stride = inputs[9:15], inputs[16]
 
 
 def _backward_read(ctx, grad):  # type: ignore[no-untyped-def]
-    q, k, v, e0, e1, position, cf, segment_starts = ctx.saved_tensors
+    *tensors, sampled = ctx.saved_tensors
     dq, dk, dv, de0, de1, de_null = torch.ops.rosakit.counterfactual_backward(
-        grad, q, k, v, e0, e1, position, cf, segment_starts, *ctx.options
+        grad, *tensors, *ctx.options, sampled, ctx.stride
     )
     de_null = None if ctx.null_dtype is None else de_null.to(ctx.null_dtype)
-    return dq, dk, dv, de0, de1, de_null, *[None] * 9
+    return dq, dk, dv, de0, de1, de_null, *[None] * 11
 
 
 _read_op.register_autograd(_backward_read, setup_context=_setup_read)

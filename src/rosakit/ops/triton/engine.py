@@ -18,6 +18,7 @@ MAX_WIDTH = 16
 SEGMENT = 16  # rows a segment
 _PROGRAMS = 2112  # 16 warps on each of 132 multiprocessors
 _DENSE_BYTES = 5 << 29  # 2.5 GiB: what the backward may spend on marks to save a march
+_BINDINGS_ERROR = compile.bindings_error()  # a value, since no graph can trace the look-up
 
 
 class Plan(NamedTuple):
@@ -51,7 +52,7 @@ def unavailable_reason(device: torch.device, form: Form, width: int, values: int
         return f"the fused kernels take at most {MAX_WIDTH} channels a route"
     if device.type != "cuda" and not _interpreted():
         return f"the fused kernels run on CUDA devices, not on {device.type}"
-    if device.type == "cuda" and compile.bindings_error() is None:
+    if device.type == "cuda" and _BINDINGS_ERROR is None:
         return None
     return _missing()
 
@@ -244,6 +245,6 @@ class TritonEngine:
 
 def engine_for(device: torch.device) -> Engine:
     """CUDA C++ where its bindings load, Triton elsewhere."""
-    if device.type == "cuda" and compile.bindings_error() is None:
+    if device.type == "cuda" and _BINDINGS_ERROR is None:
         return cuda_attend
     return TritonEngine()

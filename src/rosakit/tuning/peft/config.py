@@ -24,6 +24,9 @@ class _Beside:
         0, "Rank of LoRA on all linear layers of the base model, beside ROSA; 0 for none.", low=0
     )
     lora_alpha: float | None = option(None, "Scale of LoRA; none for twice its rank.", above=0)
+    modules_to_save: tuple[str, ...] | None = option(
+        None, "Names of modules of the base model that are trained whole and saved along."
+    )
     evaluation: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "Results for the model card: name to number, or name to columns."},

@@ -9,6 +9,7 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
 from rosakit.errors import CheckpointError, InvalidInputError, UnsupportedModelError
@@ -85,6 +86,14 @@ class RosaModel(BaseTuner):  # type: ignore[misc]
         else:
             self.set_requires_grad(adapter_name, False)
             hub.connect_active()
+        if config.modules_to_save:
+            set_additional_trainable_modules(
+                model=model,
+                peft_config=config,
+                model_config=BaseTuner.get_model_config(self),
+                adapter_name=adapter_name,
+                activate_adapter=adapter_name in self.active_adapters,
+            )
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("rosakit adds modules beside the model's own, it replaces none")
@@ -116,6 +125,11 @@ class RosaModel(BaseTuner):  # type: ignore[misc]
         for site in attention_sites(decoder_of(model)):
             site.layer._modules.pop("rosa", None)
         delattr(model, _HUB)
+        # peft would leave the trained copies of `modules_to_save` in the base's place.
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, ModulesToSaveWrapper):
+                    setattr(parent, name, child.original_module)
         found: nn.Module = super().unload()
         return found
 
