@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 CPP = Path(__file__).parent
-CASES = {"match": 20, "flips": 8, "prefill": 12, "step": 4, "bitflip": 2}
+CASES = {"match": 20, "flips": 8, "prefill": 12, "step": 4, "bitflip": 2, "tied": 2}
 TURNS = 9
 
 

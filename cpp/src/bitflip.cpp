@@ -105,7 +105,8 @@ class Sweep {
       } else {
         length_[j] = 0;
         mended_[j] = before + 1;
-        bit_[j] = std::has_single_bit(d) ? static_cast<u8>(std::countr_zero(d)) : kNoBit;
+        // Not has_single_bit: it counts bits, which baseline x86-64 does by a call.
+        bit_[j] = (d & (d - 1)) == 0 ? static_cast<u8>(std::countr_zero(d)) : kNoBit;
       }
     }
   }

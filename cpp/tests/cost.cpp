@@ -6,6 +6,7 @@
 #include <string>
 
 #include "rosakit/bitflip.hpp"
+#include "rosakit/bitflip_tied.hpp"
 #include "rosakit/matcher.hpp"
 #include "rosakit/memory.hpp"
 #include "rosakit/pool.hpp"
@@ -18,8 +19,10 @@ int main(int argc, char** argv) {
   const int repeats = argc > 2 ? std::atoi(argv[2]) : 1;
   set_num_threads(1);
   const unsigned bits = 4;
-  const bool sweep = name == "bitflip";
-  const std::size_t routes = name == "step" ? 128 : 8, n = sweep ? 512 : name == "step" ? 1088 : 4096;
+  const bool sweep = name == "bitflip" || name == "tied";
+  const std::size_t routes = name == "step" ? 128 : 8, n = sweep            ? 512
+                                                           : name == "step" ? 1088
+                                                                            : 4096;
   testing::Random random(3);
   std::vector<u8> q(routes * n), k(routes * n);
   for (std::size_t i = 0; i < k.size(); ++i) {
@@ -33,8 +36,15 @@ int main(int argc, char** argv) {
     const std::clock_t start = std::clock();
     if (name == "match" || name == "flips") {
       const unsigned flips = name == "flips" ? bits : 0;
-      match(MatchCall<u8>{q.data(), k.data(), nullptr, position.data(), length.data(),
-                          flips ? flipped.data() : nullptr, flips, {1, routes, n}, {}});
+      match(MatchCall<u8>{q.data(),
+                          k.data(),
+                          nullptr,
+                          position.data(),
+                          length.data(),
+                          flips ? flipped.data() : nullptr,
+                          flips,
+                          {1, routes, n},
+                          {}});
     } else if (name == "step" || name == "prefill") {
       SuffixMemory memory({.batch = 1, .routes = routes, .bits = bits, .rule = {}});
       const std::size_t chunk = name == "step" ? 1 : n;
@@ -57,10 +67,16 @@ int main(int argc, char** argv) {
       call.e0 = zero.data(), call.e1 = e.data();
       call.credit_q = credit_q.data(), call.credit_k = credit_k.data();
       call.batch = 1, call.routes = routes, call.time = n, call.bits = bits;
-      bitflip(call);
+      TiedBitflipCall<u8> tied;
+      tied.x = k.data(), tied.v = k.data(), tied.grad = grad.data(), tied.credit = credit_k.data();
+      tied.e0 = zero.data(), tied.e1 = e.data();
+      tied.batch = 1, tied.routes = routes, tied.time = n, tied.bits = bits;
+      if (name == "tied") bitflip_tied(tied);
+      else bitflip(call);
       for (double c : credit_k) sum += static_cast<u64>(static_cast<i64>(c));
     } else {
-      std::fprintf(stderr, "unknown case %s: match, flips, prefill, step or bitflip\n", name.c_str());
+      std::fprintf(stderr, "unknown case %s: match, flips, prefill, step, bitflip or tied\n",
+                   name.c_str());
       return 2;
     }
     seconds += static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;

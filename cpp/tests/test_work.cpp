@@ -16,8 +16,8 @@ namespace {
 
 constexpr Budget kLinkedAtOnce{0, 0};
 
-/// Constant runs of rising length, each broken off by a symbol of its own, then one of n symbols: the
-/// candidates of a place deep in it lie near the root.
+/// Constant runs of rising length, each broken off by a symbol of its own, then one of n symbols:
+/// the candidates of a place deep in it lie near the root.
 Symbols nested_runs(u32 n) {
   Symbols x;
   u32 next = 2;
@@ -66,8 +66,8 @@ u64 work_of_candidates(const Symbols& x, unsigned k, const Budget& budget) {
 struct Staircase {
   Symbols q, k;
 };
-/// The query runs `ahead` runs ahead of the keys, which then catch up. On the way a symbol that both
-/// ends of the stretch share makes a short match on another diagonal.
+/// The query runs `ahead` runs ahead of the keys, which then catch up. On the way a symbol that
+/// both ends of the stretch share makes a short match on another diagonal.
 Staircase catching_up(u32 n, u32 ahead) {
   Symbols runs;
   Random random(1);
@@ -141,7 +141,8 @@ std::vector<std::array<i32, 2>> naive_candidates(const Symbols& x, u32 i, unsign
   std::vector<std::array<i32, 2>> all;  // length, position
   for (u32 j = 0; j < i; ++j) {
     i32 l = 0;
-    while (l <= static_cast<i32>(j) && x[j - static_cast<u32>(l)] == x[i - static_cast<u32>(l)]) ++l;
+    while (l <= static_cast<i32>(j) && x[j - static_cast<u32>(l)] == x[i - static_cast<u32>(l)])
+      ++l;
     if (l) all.push_back({l, static_cast<i32>(j) + 1});
   }
   std::sort(all.rbegin(), all.rend());
@@ -192,9 +193,10 @@ TEST_CASE("candidates equal their definition, before and past the change") {
   u32 undone = 0;
   for (u32 round = 0; round < 60; ++round) {
     const u32 n = 40 + random.below(160);
-    Symbols x = round % 4 == 0   ? nested_runs(n)
-                : round % 4 == 1 ? nested_periods(n)
-                                 : draw(random.below(kFamilies), n, 2 + random.below(6), random).second;
+    Symbols x = round % 4 == 0 ? nested_runs(n)
+                : round % 4 == 1
+                    ? nested_periods(n)
+                    : draw(random.below(kFamilies), n, 2 + random.below(6), random).second;
     const unsigned k = 1 + random.below(5);
     const Budget budget{0, random.below(3) * 40};
     TypedLane<true, false> lane({}, 0, budget);

@@ -214,7 +214,7 @@ class Automaton {
     }
   }
   template <class Field, class Value>
-  void set(u32 u, u32 area, Field State::*field, Value value) {
+  void set(u32 u, u32 area, Field State::* field, Value value) {
     State& x = states_.mut(u);
     note(area, u, static_cast<u32>(x.*field));
     x.*field = value;

@@ -12,8 +12,8 @@ namespace rosakit {
 /// `position`/`length` have `k` places, filled with -1/0 where there are fewer candidates.
 ///
 /// What follows a state also follows its ancestors, so only ancestors with more successors than the
-/// last state's have something new: at most k states are looked at, whatever the length of the chain
-/// (Stream::wider finds them in O(log T) amortised). Looking at one costs the number of its
+/// last state's have something new: at most k states are looked at, whatever the length of the
+/// chain (Stream::wider finds them in O(log T) amortised). Looking at one costs the number of its
 /// successors.
 class Candidates {
  public:

@@ -12,8 +12,8 @@ namespace rosakit {
 /// ahead of a lagged copy of the keys meets the same diagonal again and pays only for what is new.
 /// And on changing diagonals, costly comparisons are rare: of those of 2^s to 2^(s+1) steps, a
 /// constant number fall into any 2^s / 8 new runs, because three overlapping ones make query and
-/// keys periodic, where the match would not have fallen so far. Together O(T log T); the proof is in
-/// docs/decisions/core-suffix-memory.md.
+/// keys periodic, where the match would not have fallen so far. Together O(T log T); the proof is
+/// in docs/decisions/core-suffix-memory.md.
 class Growth {
  public:
   void reset() { seen_ = {}; }

@@ -99,7 +99,7 @@ class LinkCut {
   };
 
   template <class Field, class Value>
-  void set(u32 u, Field Node::*field, Value value) {
+  void set(u32 u, Field Node::* field, Value value) {
     Node& n = nodes_.mut(u);
     if constexpr (Storage::template Array<Node>::kShared)
       if (u < journal_->state_floor()) {

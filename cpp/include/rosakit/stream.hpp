@@ -98,11 +98,14 @@ struct Stream {
   bool over_budget() const { return !linked && chain_steps > budget.at(tree.length()); }
 
   /// Changes over to the link-cut tree.
-  void link_up() requires kMayLink {
+  void link_up()
+    requires kMayLink
+  {
     forest.clear();
     brink = 0;
     for (u32 u = 1; u < tree.size(); ++u)
-      if (const u32 n = tree.len(u); n > brink && n <= kMostShallow && tree.degree(u) > 1) brink = n;
+      if (const u32 n = tree.len(u); n > brink && n <= kMostShallow && tree.degree(u) > 1)
+        brink = n;
     for (u32 u = 0; u < tree.size(); ++u) forest.add(deep_link(u), tree.end(u));
     linked = true;
     const u32 n = tree.length();
@@ -117,8 +120,8 @@ struct Stream {
     return tree.end(u);
   }
 
-  /// The nearest ancestor of `u` that more symbols follow than `u` (what follows a state follows its
-  /// ancestors), or 0. `u` is an ancestor of the newest state, so walking costs no more than
+  /// The nearest ancestor of `u` that more symbols follow than `u` (what follows a state follows
+  /// its ancestors), or 0. `u` is an ancestor of the newest state, so walking costs no more than
   /// propagating did, and past the change its deep ancestors lie on one solid path.
   u32 wider(u32 u) {
     const auto wide = [this, had = tree.degree(u)](u32 w) { return tree.degree(w) > had; };

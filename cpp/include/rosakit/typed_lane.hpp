@@ -1,4 +1,5 @@
-// The lane for any stream: adaptive rows in pages, and a link-cut tree once its link chains grow long.
+// The lane for any stream: adaptive rows in pages, and a link-cut tree once its link chains grow
+// long.
 #pragma once
 
 #include <algorithm>
