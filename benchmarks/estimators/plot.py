@@ -23,6 +23,13 @@ _COLOURS = {
     "control": "#aaaaaa",
     "attention": "#222222",
 }
+# Rows of the cost plot that are no variant of the tasks.
+_COSTS = {
+    "windowed attention, 2048": "#222222",
+    "full attention": "#888888",
+    "bitflip_sampled, 256 flips": "#e36a94",
+    "suffix_attention, window 32": "#a98bd6",
+}
 
 
 def plot(parts: dict[str, Any], beside: Path) -> list[Path]:
@@ -50,7 +57,7 @@ def plot(parts: dict[str, Any], beside: Path) -> list[Path]:
     others = [n for n in ("agree",) if n in parts] + (["cost"] if costs.exists() else [])
     if others:
         figure, axes = plt.subplots(
-            1, len(others), figsize=(5.5 * len(others), 4.2), squeeze=False, layout="constrained"
+            1, len(others), figsize=(6.2 * len(others), 4.2), squeeze=False, layout="constrained"
         )
         for axis, name in zip(axes[0], others, strict=True):
             if name == "agree":
@@ -121,7 +128,7 @@ def _mqar(axis: Any, rows: list[dict[str, Any]]) -> None:
     for place, name in enumerate(values):
         if (name,) in untied:
             points = [100 * r["accuracy"] for r in untied[name,]]
-            axis.plot(points, [place] * len(points), "x", color="red", markersize=5)
+            axis.plot(points, [place + 0.2] * len(points), "x", color="red", markersize=5)
     axis.set_xlim(0, 102)
     if untied:
         axis.plot([], [], "x", color="red", label=f"untied start, {smallest['pairs']} pairs")
@@ -179,7 +186,7 @@ def _cost(axis: Any, rows: list[dict[str, Any]]) -> None:
     for (name,), some in grouped(rows, "estimator").items():
         # Rows with fewer routes are another measurement; attention has none.
         some = sorted((r for r in some if r["routes"] in (None, full)), key=lambda r: r["length"])
-        style = {"color": _COLOURS.get(name, "#444444"), "label": name}
+        style = {"color": {**_COLOURS, **_COSTS}.get(name, "#444444"), "label": name}
         style["linestyle"] = "-" if name in _COLOURS else "--"
         x = [r["length"] for r in some]
         axis.plot(x, [r["milliseconds"] for r in some], marker="o", **style)
@@ -188,7 +195,7 @@ def _cost(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.set_title(f"(e) forward + backward, {full} routes of 4 bits", fontsize=10)
     axis.set_xlabel("T")
     axis.set_ylabel("ms")
-    axis.legend(fontsize=6)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 _TASKS = {"fit": _fit, "mqar": _mqar, "synonyms": _synonyms, "count": _count}
