@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.estimators import page
+from benchmarks.estimators.timing import timed
 from benchmarks.estimators.variants import VARIANTS, Variant
 from rosakit.evaluate.environment import describe_environment
 from rosakit.files import atomic_write
@@ -90,29 +90,6 @@ def error(name: str, device: str) -> float:
     )
 
 
-def timed(work: Callable[[], object], warm: Callable[[], object], budget: float) -> dict[str, Any]:
-    """Milliseconds (median and range of up to 5 within `budget` seconds) and peak memory."""
-    warm()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    times: list[float] = []
-    while len(times) < 5 and (not times or sum(times) * 1e-3 < budget):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return {
-        "milliseconds": round(statistics.median(times), 3),
-        "spread_milliseconds": [round(min(times), 3), round(max(times), 3)],
-        "repeats": len(times),
-        "peak_bytes": torch.cuda.max_memory_allocated() - before,
-    }
-
-
 def measure(name: str, length: int, routes: int, budget: float, expected: float) -> dict[str, Any]:
     """One row; warmed up with one route, which compiles kernels, and in full if that is short."""
     tensors, options = inputs(length, routes, "cuda"), options_of(name, length)
@@ -129,7 +106,7 @@ def measure(name: str, length: int, routes: int, budget: float, expected: float)
         "length": length,
         "routes": routes,
         "options": {k: v for k, v in options.items() if k not in ("bits", "estimator")},
-        **timed(work, warm, budget),
+        **timed(work, warm, budget=budget),
     }
 
 
@@ -151,7 +128,12 @@ def attention(length: int, budget: float) -> list[dict[str, Any]]:
         torch.cuda.synchronize()
         print(f"{shown}: first call {time.perf_counter() - begin:.1f} s", flush=True)
         rows.append(
-            {"estimator": shown, "length": length, "routes": None, **timed(work, work, budget)}
+            {
+                "estimator": shown,
+                "length": length,
+                "routes": None,
+                **timed(work, work, budget=budget),
+            }
         )
     return rows
 

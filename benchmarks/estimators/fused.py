@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.estimators.timing import timed
 from rosakit.evaluate.environment import describe_environment
 from rosakit.files import atomic_write
 from rosakit.ops import rosa
@@ -77,26 +77,12 @@ def measure(name: str, length: int, routes: int, repeats: int) -> dict[str, Any]
     """Median milliseconds of forward + backward through autograd, and peak memory."""
     inputs = example(length, routes * 4)
     options = options_of(name)
-    gradients(inputs, **options)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        gradients(inputs, **options)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    row = {
-        "estimator": name,
-        "length": length,
-        "routes": routes,
-        "milliseconds": round(statistics.median(times), 3),
-        "spread_milliseconds": [round(min(times), 3), round(max(times), 3)],
-        "peak_bytes": torch.cuda.max_memory_allocated() - before,
-    }
+
+    def work() -> object:
+        return gradients(inputs, **options)
+
+    row: dict[str, Any] = {"estimator": name, "length": length, "routes": routes}
+    row |= timed(work, work, repeats=repeats)
     if (length, routes) == (4096, 512):
         row["against_dense"] = round(REFERENCE["milliseconds"] / row["milliseconds"], 2)
     return row

@@ -215,15 +215,9 @@ class StreamMemory:
         Returns:
             The value symbols read ``[B, R, n]``, anything where nothing was found, and the match.
         """
-        n = q.shape[2]
-        self._reserve(self._most + n)
-        mask = self._unequal(mask)
         before, most = self.lengths, self._most
-        if n <= STEPS or most + n > matcher.MAX_POSITIONS:
-            found = self._extend(q, k, mask)
-        else:
-            found = self._whole(q, k, mask)
-        place, column = self.places(before, most, n, mask)
+        found = self.extend(q, k, mask=mask)
+        place, column = self.places(before, most, q.shape[2], mask)
         table = self._room(unfolded(self.values, self.bits))
         table.scatter_(2, column[:, None].expand_as(v), v)
         self.values = folded(table[..., : self.capacity], self.bits)
