@@ -5,9 +5,9 @@
     python -m benchmarks.evidence work --model MODEL.gguf --work /tmp/evidence --seconds 500
     python -m benchmarks.evidence collect --work /tmp/evidence --output docs/results/evidence
 
-`run` is one run; `work` does all runs of the plan (`plan.py`) that no other process has claimed, so
-that several processes share a GPU or several GPUs, and starts none that would not end in time. A
-finished run is kept; one that ran out of time counts in no table.
+`run` is one run; `work` does all runs of a plan (`plan.py`, `sweeps.py`) that no other process has
+claimed, so that several processes share a GPU or several GPUs, and starts none that would not end
+in time. A finished run is kept; one that ran out of time counts in no table.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from benchmarks.evidence import collect, corpus
 from benchmarks.evidence.arms import arms
 from benchmarks.evidence.measure import Tasks, measure
 from benchmarks.evidence.plan import PLAN, Planned, claimed
+from benchmarks.evidence.sweeps import LONG, SWEEP
 from benchmarks.evidence.train import Learner, Sizes
+
+PLANS = {"main": PLAN, "sweep": SWEEP, "long": LONG}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,10 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
         )
     elif options.command == "work":
         model, tokenizer = _load(options)
-        queue = [Planned(p.arm, p.seed, p.window, int(p.tokens * options.scale)) for p in PLAN]
+        plan = PLANS[options.plan]
+        queue = [p._replace(tokens=int(p.tokens * options.scale)) for p in plan]
         if options.every_arm:
-            names = reversed(arms(options.window))  # the composed ones first
-            queue = [Planned(a, 0, options.window, options.tokens) for a in names]
+            once = dict.fromkeys((p.arm, p.window) for p in plan)
+            queue = [Planned(arm, 0, window, options.tokens) for arm, window in once]
         for planned in claimed(queue, options.work / "runs", began + options.seconds):
             try:
                 run(
@@ -174,7 +178,10 @@ def _parser() -> argparse.ArgumentParser:
     single.add_argument("--arm", required=True, choices=list(arms(256)))
     single.add_argument("--seed", type=int, default=0)
     worker = commands.add_parser("work", help="every run of the plan that nobody has claimed")
-    worker.add_argument("--every-arm", action="store_true", help="each arm once: a smoke test")
+    worker.add_argument("--plan", choices=list(PLANS), default="main")
+    worker.add_argument(
+        "--every-arm", action="store_true", help="each arm of the plan once: a smoke test"
+    )
     worker.add_argument("--scale", type=float, default=1.0, help="of the plan's training tokens")
     for command in (single, worker):
         command.add_argument("--window", type=int, default=512)

@@ -62,14 +62,22 @@ def arms(window: int) -> dict[str, Arm]:
 
     route = Arm("LoRA and token route", sinks, route=16)
     both = Arm("LoRA, token route and recalled spans", recall, route=16)
+    ceiling = Arm("LoRA, full attention: the ceiling", View(None))
+    control = Arm("LoRA, nothing retrieved", sinks)
+    # What follows an @ in a name holds for its control and ceiling too (see collect.py).
+    ranks = {
+        f"{name}@rank{rank}": replace(arm, what=f"{arm.what}, rank {rank}", rank=rank)
+        for rank in (4, 64)
+        for name, arm in (("control", control), ("full+trained", ceiling), ("rosa", both))
+    }
     return {
         "full": Arm("full attention, untrained", View(None), rank=0),
         "window": Arm("window without sinks, untrained", replace(sinks, sinks=0), rank=0),
         "window+sinks": Arm("window and sinks, untrained", sinks, rank=0),
         "recall-untrained": Arm("recalled spans, untrained, no parameters", recall, rank=0),
-        "full+trained": Arm("LoRA, full attention: the ceiling", View(None)),
+        "full+trained": ceiling,
         "full+route": Arm("LoRA and token route, full attention", View(None), route=16),
-        "control": Arm("LoRA, nothing retrieved", sinks),
+        "control": control,
         "route-own": replace(route, what="LoRA and token route, own token", candidates="own"),
         "route-random": replace(route, what="LoRA and token route, random", candidates="random"),
         "route-near": replace(route, what="LoRA and token route, window only", candidates="near"),
@@ -90,7 +98,6 @@ def arms(window: int) -> dict[str, Arm]:
             what="the same, every other layer",
             view=replace(recall, layers=tuple(range(0, 64, 2))),
         ),
-        "rosa-rank4": replace(both, what="the same, LoRA of rank 4", rank=4),
         # Spans hidden in a share of the batches; in all of them the spans join in evaluation only.
         "rosa+hide25": replace(both, what=f"{both.what}, spans hidden in 25%", hide=0.25),
         "rosa+hide50": replace(both, what=f"{both.what}, spans hidden in 50%", hide=0.5),
@@ -98,7 +105,6 @@ def arms(window: int) -> dict[str, Arm]:
         "rosa+hide50+repeat": replace(
             both, what=f"{both.what}, spans hidden in 50%, repeated passages", hide=0.5, repeat=2
         ),
-        "rosa-rank64": replace(both, what="the same, LoRA of rank 64", rank=64),
         "route-K1": replace(route, what="LoRA and token route of 1 candidate", route=1),
         "route-K4": replace(route, what="LoRA and token route of 4 candidates", route=4),
         "route+repeat": replace(route, what="LoRA, token route, repeated passages", repeat=2),
@@ -137,14 +143,22 @@ def arms(window: int) -> dict[str, Arm]:
         "adapters-bit8": learned("8 bits", bits=8),
         "adapters-untied": learned("queries and keys start apart", tied_start=False),
         "adapters-shared": learned("one projection of queries and keys", shared_qk=True),
-        "adapters-suffix": learned("suffix_attention", estimator="suffix_attention"),
-        "adapters-soft": learned(
-            "soft_scan, straight through",
-            estimator="soft_scan",
-            estimator_options={"straight_through": True},
-            routes=16,
+        # Other estimators cost more a route: all of them, and their reference, with 16.
+        "adapters-routes16": learned("counterfactual, 16 routes", routes=16),
+        "adapters-suffix": learned(
+            "suffix_attention, 16 routes", estimator="suffix_attention", routes=16
         ),
-        "adapters-routes16": learned("16 routes, as soft_scan's", routes=16),
+        "adapters-bitflip": learned("bitflip, 16 routes", estimator="bitflip", routes=16),
+        **{
+            f"adapters-{name.replace('_', '-')}": learned(
+                f"{name}, straight through, 16 routes",
+                estimator=name,
+                estimator_options={"straight_through": True},
+                routes=16,
+            )
+            for name in ("soft_scan", "soft_dp")
+        },
+        **ranks,
     }
 
 

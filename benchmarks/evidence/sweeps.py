@@ -1,0 +1,76 @@
+"""Sweeps: one choice varied at a time, beside references trained in the same run.
+
+Each group is one question, its first arms what the others are compared with. The plan asks the
+questions in the order of their importance, two seeds of all before the third of any, so that
+whatever has finished when the time is over can be read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from benchmarks.evidence.plan import TOKENS, Planned, each
+
+__all__ = ["GROUPS", "LONG", "SWEEP", "Group"]
+
+
+class Group(NamedTuple):
+    """One question of the sweeps: its title, its arms, the window in tokens."""
+
+    title: str
+    arms: tuple[str, ...]
+    window: int = 512
+    tokens: int = TOKENS
+
+    def labels(self) -> tuple[str, ...]:
+        """Names of the arms in the summary, which tell another budget."""
+        budget = "" if self.tokens == TOKENS else f"@{self.tokens / 1e6:g}M"
+        return tuple(arm + budget for arm in self.arms)
+
+
+_BUDGET = ("control", "full+trained", "rosa")
+
+GROUPS = (
+    Group("references", (*_BUDGET, "route")),
+    Group("spans", ("rosa-span8", "rosa-K4", "rosa-K32", "rosa-half")),
+    Group("spans hidden in training", ("rosa+hide25", "rosa+hide50")),
+    Group("candidates of the token route", ("route-K1", "route-K4", "route+repeat")),
+    Group("window 256", ("control", "full+trained", "rosa", "rosa+hide50"), 256),
+    Group("bit routes", ("adapters-own", "adapters", "adapters-token")),
+    Group(
+        "estimators, 16 routes",
+        ("adapters-routes16", "adapters-suffix", "adapters-soft-scan", "adapters-soft-dp",
+         "adapters-bitflip"),
+    ),
+    Group("queries and keys", ("adapters-untied", "adapters-shared")),
+    Group("bits a route", ("adapters-bit1", "adapters-bit8", "adapters-token-bit1",
+                           "adapters-token-bit8")),
+    Group("layers with adapters", ("adapters-token-all",)),
+    Group("LoRA of rank 4", ("control@rank4", "full+trained@rank4", "rosa@rank4")),
+    Group("LoRA of rank 64", ("control@rank64", "full+trained@rank64", "rosa@rank64")),
+    Group("without LoRA", ("adapters-own-alone", "adapters-token-alone", "route-only",
+                           "route+own")),
+    Group("added to what already sees far", ("full+route", "rosa+adapters")),
+    Group("controls at window 256", ("recall-random", "route-near", "adapters-own",
+                                     "adapters-token", "rosa+hide100"), 256),
+    Group("2M tokens", _BUDGET, tokens=2 * TOKENS),
+    Group("4M tokens", _BUDGET, tokens=4 * TOKENS),
+)  # fmt: skip
+
+
+def _plan(groups: tuple[Group, ...], seeds: tuple[int, ...]) -> list[Planned]:
+    return [run for g in groups for run in each(g.arms, seeds, window=g.window, tokens=g.tokens)]
+
+
+_ONE = tuple(g for g in GROUPS if g.tokens == TOKENS)
+_TWO, _FOUR = (tuple(g for g in GROUPS if g.tokens == n * TOKENS) for n in (2, 4))
+
+SWEEP = (
+    # The long runs first: begun late, they would not end.
+    *_plan(_TWO, (0, 1)),
+    *_plan(_ONE, (0, 1)),
+    *_plan(_ONE, (2,)),
+)
+
+LONG = tuple(_plan(_FOUR, (1, 2)))
+"""The longest budget of the main table, which has seed 0 of it."""

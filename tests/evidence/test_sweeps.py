@@ -1,0 +1,58 @@
+"""The sweeps: every arm they name trains and scores, and what has finished can be read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from benchmarks.evidence.arms import arms
+from benchmarks.evidence.plan import PLAN
+from benchmarks.evidence.sweeps import GROUPS, LONG, SWEEP
+from benchmarks.evidence.train import Learner, Sizes
+from tests.tuning import texts
+
+LENGTH, WINDOW = 48, 8
+SIZES = Sizes(tokens=2 * LENGTH, block=LENGTH, batch=1, accumulate=1, window=WINDOW)
+NAMES = tuple(dict.fromkeys(run.arm for run in (*PLAN, *SWEEP, *LONG)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_planned_arm_trains_and_scores(name):
+    arm = arms(WINDOW)[name]
+    options = {k: v for k, v in arm.options if k != "routes"}  # the model is narrower than that
+    if options.get("bits", 0) > 4:
+        options["bits"] = 4
+    layers = (0, 1) if arm.adapters else ()
+    arm = dataclasses.replace(arm, adapters=layers, options=tuple(options.items()))
+    model = texts.model()
+    rows = np.random.default_rng(0).integers(3, 40, (4, LENGTH), dtype=np.int32)
+    learner = Learner(model, arm, WINDOW, seed=0)
+    if arm.trains:
+        before = [p.detach().clone() for p in learner._trained()]
+        done = learner.train({"code": rows}, SIZES, 1e9)
+        assert done["tokens"] == done["tokens_planned"] == 2 * LENGTH
+        moved = [not torch.equal(a, b) for a, b in zip(before, learner._trained(), strict=True)]
+        assert any(moved)
+    ids = torch.from_numpy(rows[:1].astype(np.int64))
+    assert torch.isfinite(learner.scorer()(ids)["model"].log_prob).all()
+    learner.remove()
+    assert not any("lora" in n or "rosa" in n for n, _ in model.named_parameters())
+
+
+def test_a_plan_names_each_run_once_and_its_references_before_the_rest():
+    for plan in (PLAN, SWEEP, LONG):
+        assert len({run.name for run in plan}) == len(plan)
+    assert {(r.arm, r.window, r.tokens) for r in (*SWEEP, *LONG)} == {
+        (arm, group.window, group.tokens) for group in GROUPS for arm in group.arms
+    }
+    # Every group is read against a control and a ceiling of its own window, budget and rank.
+    planned = {(r.arm, r.window, r.tokens, r.seed) for r in (*SWEEP, *LONG)}
+    for run in (*SWEEP, *LONG):
+        suffix = run.arm[run.arm.index("@") :] if "@" in run.arm else ""
+        for reference in ("control", "full+trained"):
+            assert (reference + suffix, run.window, run.tokens, run.seed) in planned
+    # Two seeds of everything come before the third of anything.
+    seeds = [run.seed for run in SWEEP]
+    assert seeds.index(2) == len([s for s in seeds if s < 2])
