@@ -11,6 +11,7 @@ from benchmarks.evidence.arms import arms
 from benchmarks.evidence.plan import PLAN
 from benchmarks.evidence.sweeps import GROUPS, LONG, SWEEP
 from benchmarks.evidence.train import Learner, Sizes
+
 from tests.tuning import texts
 
 LENGTH, WINDOW = 48, 8
