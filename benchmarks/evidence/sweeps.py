@@ -7,7 +7,8 @@ whatever has finished when the time is over can be read.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from benchmarks.evidence.plan import TOKENS, Planned, each
 
@@ -26,6 +27,11 @@ class Group(NamedTuple):
         """Names of the arms in the summary, which tell another budget."""
         budget = "" if self.tokens == TOKENS else f"@{self.tokens / 1e6:g}M"
         return tuple(arm + budget for arm in self.arms)
+
+    def finished(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """What the summary holds of the arms, by name, in the plan's order."""
+        known = summary["windows"].get(str(self.window), {"arms": {}})["arms"]
+        return {name: known[name] for name in self.labels() if name in known}
 
 
 _BUDGET = ("control", "full+trained", "rosa")

@@ -1,4 +1,8 @@
-"""The summary of the evidence as Markdown tables, for the documentation."""
+"""The summary of the evidence as Markdown tables, for the documentation.
+
+python -m benchmarks.evidence.tables docs/results/evidence/summary.json
+python -m benchmarks.evidence.tables --sweeps docs/results/evidence/sweep/summary.json
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["markdown"]
+from benchmarks.evidence.sweeps import GROUPS
+
+__all__ = ["markdown", "sweeps"]
 
 TASKS = ("niah", "niah_paraphrase", "niah_multi", "niah_confusable", "mqar_lines", "mqar",
          "copying_code")  # fmt: skip
@@ -25,6 +31,33 @@ def markdown(summary: Mapping[str, Any]) -> str:
         if any(arm.get("short") for arm in arms.values()):
             parts += [f"**short contexts, window {window}**", "", *_short(arms), ""]
     return "\n".join(parts)
+
+
+def sweeps(summary: Mapping[str, Any]) -> str:
+    """One table of the sweeps, a row an arm, question by question."""
+    keys = {(str(r["window"]), r["arm"]): r["extra_keys"] for r in summary["runs"]}
+    head = ["question", "arm", "trained, M", "more keys a query", "gap closed, late: code",
+            "books", "needle", "confusable", "MQAR, lines", "seeds"]  # fmt: skip
+    rows = []
+    for group in GROUPS:
+        for index, (name, arm) in enumerate(group.finished(summary).items()):
+            extra = keys.get((str(group.window), name))
+            recall = arm["recall_beyond_window"]
+            rows.append(
+                [
+                    group.title if index == 0 else "",
+                    f"`{name}`",
+                    f"{arm['trained_parameters'] / 1e6:.1f}",
+                    "" if extra is None else f"{extra:.0f}",
+                    *(_shown(arm["gap_closed"].get(k), 0, 100, "%") for k in ("code", "books")),
+                    *(
+                        _shown(recall.get(task), 0, 100, "%")
+                        for task in ("niah", "niah_confusable", "mqar_lines")
+                    ),
+                    _seeds(arm),
+                ]
+            )
+    return "\n".join(_table(head, rows))
 
 
 def _perplexity(arms: Mapping[str, Any], kind: str) -> list[str]:
@@ -84,4 +117,5 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    shown = sweeps if sys.argv[1] == "--sweeps" else markdown
+    sys.stdout.write(shown(json.loads(Path(sys.argv[-1]).read_text(encoding="utf-8"))) + "\n")

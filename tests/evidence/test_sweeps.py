@@ -9,7 +9,9 @@ import pytest
 import torch
 from benchmarks.evidence.arms import arms
 from benchmarks.evidence.plan import PLAN
+from benchmarks.evidence.sweep_figure import draw_sweeps
 from benchmarks.evidence.sweeps import GROUPS, LONG, SWEEP
+from benchmarks.evidence.tables import sweeps
 from benchmarks.evidence.train import Learner, Sizes
 
 from tests.tuning import texts
@@ -57,3 +59,31 @@ def test_a_plan_names_each_run_once_and_its_references_before_the_rest():
     # Two seeds of everything come before the third of anything.
     seeds = [run.seed for run in SWEEP]
     assert seeds.index(2) == len([s for s in seeds if s < 2])
+
+
+def test_whatever_has_finished_is_shown(tmp_path):
+    def arm(gap: float, recalled: float) -> dict:
+        def of(x):
+            return {"mean": x, "sd": 0.01, "values": [x, x]}
+
+        return {
+            "what": "", "trained_parameters": 4_900_000, "seeds": [0, 1],
+            "perplexity": {"code": {}, "books": {}},
+            "gap_closed": {"code": of(gap), "books": of(gap / 2)},
+            "recall_beyond_window": {"niah": of(recalled)},
+        }  # fmt: skip
+
+    near, far = {"control": arm(0, 0), "rosa": arm(0.88, 0.9)}, {"rosa+hide50": arm(0.85, 1)}
+    summary = {
+        "windows": {"512": {"arms": near | {"rosa@2M": arm(0.9, 1)}}, "256": {"arms": far}},
+        "runs": [{"window": 512, "arm": "rosa", "extra_keys": 163.2}],
+    }
+    lines = sweeps(summary).splitlines()
+    assert "| references | `control` | 4.9 |  | 0% ± 1 | 0% ± 1 | 0% ± 1 |  |  | 2 |" in lines
+    assert "|  | `rosa` | 4.9 | 163 | 88% ± 1 | 44% ± 1 | 90% ± 1 |  |  | 2 |" in lines
+    assert [line.split("|")[2].strip() for line in lines[4:]] == ["`rosa+hide50`", "`rosa@2M`"]
+    png, svg = draw_sweeps(summary, tmp_path / "sweep")
+    assert png.stat().st_size > 10_000
+    drawn = svg.read_text()
+    assert "window 256" in drawn
+    assert "candidates of the token route" not in drawn
