@@ -14,28 +14,35 @@ const svg = (tag, values, text) => {
   return e;
 };
 const COLOURS = { full: "#777777", "full+trained": "#aaaaaa", window: "#d62728", "window+sinks": "#ff9f40", control: "#1f77b4", rosa: "#2ca02c" };
-const SPARE = ["#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#e7298a"];
 const names = [...new Set(runs.flatMap((r) => Object.keys(r.result.variants)))];
-const colour = (n) => COLOURS[n] || SPARE[names.filter((x) => !COLOURS[x]).indexOf(n) % SPARE.length];
+// Others: hues a golden angle apart, so that neighbours in the legend differ, and strokes in turn.
+const spare = names.filter((n) => !COLOURS[n]);
+const STROKES = ["", "2 3", "8 3", "8 3 2 3"];
+const colour = (n) => COLOURS[n] || `hsl(${(270 + 137.5 * spare.indexOf(n)) % 360} 60% 47%)`;
+const stroke = (n) => (n === "control" ? "6 4" : COLOURS[n] ? "" : STROKES[spare.indexOf(n) % STROKES.length]);
+// Kinds of held-out text: the first is the result's own, others lie beside it.
+const kinds = ["", ...new Set(runs.flatMap((r) => Object.values(r.result.variants).flatMap((v) => Object.keys(v.other || {}))))];
+const called = (kind) => kind || runs[0].result.settings.kind || "held-out text";
+const positions = (v, kind) => (kind ? ((v.other || {})[kind] || { ppl_by_position: {} }) : v).ppl_by_position;
 const each = (f) => runs.forEach((r) => Object.entries(r.result.variants).forEach(([n, v]) => f(r, n, v)));
-const spread = (v) => (v && v.spread ? ` ± ${v.spread.toFixed(2)}` : "");
 const number = (x, d = 2) => (x === null || x === undefined ? "" : x.toFixed(d));
 
-function curves() {
+function curves(kind) {
   // The bare window is worse by so much that nothing else could be seen beside it.
   const kept = (n) => n !== "window" || names.length < 3;
   let low = Infinity, high = -Infinity;
   each((r, n, v) => {
-    if (kept(n)) for (const p of Object.values(v.ppl_by_position)) if (p) (low = Math.min(low, p)), (high = Math.max(high, p));
+    if (kept(n)) for (const p of Object.values(positions(v, kind))) if (p) (low = Math.min(low, p)), (high = Math.max(high, p));
   });
-  const pad = Math.log(high / low) * 0.06 || 0.1, wide = 470, tall = 330, L = 48, R = 12, T = 26, B = 44;
+  if (kinds.length > 1) at("curves").append(make("h3", called(kind)));
+  const pad = Math.log(high / low) * 0.06 || 0.1, wide = 420, tall = 330, L = 48, R = 12, T = 26, B = 44;
   const y = (p) => T + (tall - T - B) * (1 - (Math.log(p) - Math.log(low) + pad) / (Math.log(high / low) + 2 * pad));
   for (const run of runs) {
     const box = make("div", undefined, "figure"), s = svg("svg", { width: wide, height: tall, viewBox: `0 0 ${wide} ${tall}`, role: "img" });
-    const labels = [...new Set(Object.values(run.result.variants).flatMap((v) => Object.keys(v.ppl_by_position)))];
+    const labels = [...new Set(Object.values(run.result.variants).flatMap((v) => Object.keys(positions(v, kind))))];
     const x = (i) => L + (wide - L - R) * (labels.length < 2 ? 0.5 : (i + 0.5) / labels.length);
     s.append(svg("text", { x: L, y: 15, "font-weight": 600 }, run.name));
-    const ticks = [2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60, 80, 120, 200, 400, 1000].filter((t) => t >= low * 0.95 && t <= high * 1.05);
+    const ticks = [2, 3, 4, 5, 6, 8, 10, 15, 20, 25, 30, 35, 40, 50, 60, 80, 120, 200, 400, 1000].filter((t) => t >= low * 0.95 && t <= high * 1.05);
     for (const t of ticks.length ? ticks : [low, high]) {
       s.append(svg("line", { x1: L, x2: wide - R, y1: y(t), y2: y(t), class: "grid" }));
       s.append(svg("text", { x: L - 6, y: y(t) + 4, "text-anchor": "end", class: "soft" }, +t.toPrecision(3)));
@@ -43,26 +50,34 @@ function curves() {
     labels.forEach((l, i) => s.append(svg("text", { x: x(i), y: tall - B + 18, "text-anchor": "middle", class: "soft" }, l)));
     s.append(svg("text", { x: L + (wide - L - R) / 2, y: tall - 8, "text-anchor": "middle", class: "soft" }, "position, tokens"));
     for (const [n, v] of Object.entries(run.result.variants)) {
-      if (!kept(n)) continue;
-      const points = labels.map((l, i) => [x(i), v.ppl_by_position[l]]).filter(([, p]) => p).map(([a, p]) => [a, y(p)]);
-      const dash = n === "control" ? { "stroke-dasharray": "6 4" } : {};
-      s.append(svg("polyline", { points: points.map((p) => p.join(",")).join(" "), fill: "none", stroke: colour(n), "stroke-width": n === "rosa" ? 3 : 1.8, ...dash }));
-      for (const [a, b] of points) {
-        const dot = svg("circle", { cx: a, cy: b, r: 3, fill: colour(n) });
-        dot.append(svg("title", {}, n));
-        s.append(dot);
-      }
+      if (!kept(n) || !Object.keys(positions(v, kind)).length) continue;
+      const points = labels.map((l, i) => [x(i), positions(v, kind)[l]]).filter(([, p]) => p).map(([a, p]) => [a, y(p)]);
+      const group = svg("g", { class: "curve" });
+      group.dataset.name = n;
+      group.append(svg("polyline", { points: points.map((p) => p.join(",")).join(" "), fill: "none", stroke: colour(n), "stroke-width": n === "rosa" ? 3 : 1.8, "stroke-dasharray": stroke(n) }));
+      for (const [a, b] of points) group.append(svg("circle", { cx: a, cy: b, r: 3, fill: colour(n) }));
+      group.append(svg("title", {}, n));
+      s.append(group);
     }
     box.append(s);
     at("curves").append(box);
   }
-  const legend = make("p");
-  for (const n of names.filter(kept)) {
-    const mark = make("span", "━ ");
-    mark.style.color = colour(n);
-    legend.append(mark, `${n}   `);
+  legend(names.filter(kept));
+}
+
+function legend(shown) {
+  const list = make("p", undefined, "legend");
+  // Pointing at a name leaves its curves alone in sight.
+  const only = (name) => document.querySelectorAll(".curve").forEach((g) => g.classList.toggle("dim", name !== null && g.dataset.name !== name));
+  for (const n of shown) {
+    const item = make("span"), mark = svg("svg", { width: 30, height: 10 });
+    mark.append(svg("line", { x1: 1, x2: 29, y1: 5, y2: 5, stroke: colour(n), "stroke-width": n === "rosa" ? 3 : 2, "stroke-dasharray": stroke(n) }));
+    item.append(mark, ` ${n}`);
+    item.onmouseenter = () => only(n);
+    item.onmouseleave = () => only(null);
+    list.append(item, " ");
   }
-  at("curves").append(legend);
+  at("curves").append(list);
 }
 
 function table(id, head, rows) {
@@ -84,33 +99,37 @@ function variants() {
   const scores = [...new Set(runs.flatMap((r) => Object.values(r.result.variants).flatMap((v) => Object.keys(v.scores || {}))))];
   const rows = [];
   each((r, n, v) => {
-    const cells = [r.name, n, number(v.ppl), ...labels.map((l) => number(v.ppl_by_position[l]))];
+    const cells = [r.name, n, number(v.ppl), ...labels.map((l) => number(v.ppl_by_position[l])), ...kinds.slice(1).map((k) => number(((v.other || {})[k] || {}).ppl))];
     cells.push(v.niah === null || v.niah === undefined ? "" : `${(100 * v.niah).toFixed(0)}%`);
     for (const s of scores) cells.push(number((v.scores || {})[s], 3));
     cells.push(v.trained_parameters.toLocaleString("en"), v.description);
     rows.push({ cells, best: n === "rosa" });
   });
-  table("table", ["run", "variant", "perplexity", ...labels, "needles beyond the window", ...scores, "trained parameters", "what it is"], rows);
+  table("table", ["run", "variant", "perplexity", ...labels, ...kinds.slice(1).map((k) => `${k}, perplexity`), "needles beyond the window", ...scores.map((s) => s.replaceAll("_", " ")), "trained parameters", "what it is"], rows);
 }
 
-function gains() {
+// Percent of the perplexity: less is not told from nothing.
+const MARGIN = 1;
+
+function gains(kind) {
   const rows = [], labels = [];
   for (const r of runs) {
-    const all = r.result.variants, c = all.control;
-    if (!c) continue;
+    const all = r.result.variants;
     for (const [n, v] of Object.entries(all)) {
-      if (["control", "full", "window", "window+sinks"].includes(n)) continue;
-      const cells = Object.keys(c.ppl_by_position);
-      for (const l of cells) if (!labels.includes(l)) labels.push(l);
-      rows.push({ r, n, v, c });
+      // What follows an @ holds for the control too: another budget, another rank.
+      const [plain, budget] = n.split("@"), c = (budget && all[`control@${budget}`]) || all.control;
+      if (!c || ["control", "full", "window", "window+sinks"].includes(plain)) continue;
+      for (const l of Object.keys(positions(c, kind))) if (!labels.includes(l)) labels.push(l);
+      rows.push({ r, n, v: positions(v, kind), c: positions(c, kind) });
     }
   }
   if (!rows.length) return at("gains").append(make("p", "no run here was measured with its control", "soft"));
+  if (kinds.length > 1) at("gains").append(make("h3", called(kind)));
   table("gains", ["run", "variant", ...labels, "long-range"], rows.map(({ r, n, v, c }) => {
-    const change = labels.map((l) => (v.ppl_by_position[l] && c.ppl_by_position[l] ? 100 * (v.ppl_by_position[l] / c.ppl_by_position[l] - 1) : null));
+    const change = labels.map((l) => (v[l] && c[l] ? 100 * (v[l] / c[l] - 1) : null));
     const first = change.find((x) => x !== null), last = change.findLast((x) => x !== null);
     const sign = (x) => (x === null ? "" : `${x > 0 ? "+" : ""}${x.toFixed(1)}%`);
-    return { best: n === "rosa", cells: [r.name, n, ...change.map(sign), last < first && last < 0 ? "yes" : "no"] };
+    return { best: n === "rosa", cells: [r.name, n, ...change.map(sign), last < first - MARGIN && last < -MARGIN ? "yes" : "no"] };
   }));
 }
 
@@ -158,14 +177,20 @@ function grids() {
     }
   });
   if (!found.size) at("grids").append(make("p", "no recall task was measured", "soft"));
-  for (const [kind, boxes] of found) at("grids").append(make("h3", kind), ...boxes);
+  for (const [kind, boxes] of found) {
+    // Many maps fill many screens: the needles are open, the others a click away.
+    const part = make("details");
+    part.open = kind === "needles" || found.size < 3;
+    part.append(make("summary", kind.replaceAll("_", " ")), ...boxes);
+    at("grids").append(part);
+  }
 }
 
 at("title").textContent = document.title;
 at("about").textContent = runs.map((r) => `${r.name}: ${r.result.settings.name || r.result.settings.model || ""}, window ${r.result.settings.window ?? "none"}`).join(" · ");
-curves();
+kinds.forEach(curves);
 variants();
-gains();
+kinds.forEach(gains);
 grids();
 table("origin", ["run", "date", "hardware", "versions", "commit", "seed", "seconds"], runs.map((r) => ({
   cells: [r.name, r.result.date, r.result.hardware.gpu || r.result.hardware.cpu, Object.entries(r.result.versions).map((p) => p.join(" ")).join(", "), (r.result.commit || "").slice(0, 12), String(r.result.seed), String(r.result.seconds)],
