@@ -44,7 +44,7 @@ def step(adapter: RosaAdapter, u: Tensor, context: RosaContext, onto: Tensor) ->
         A new tensor like `onto`; None where the long way has to be taken, and nothing has changed.
     """
     states = context.states
-    if states is None:
+    if states is None or torch.compiler.is_compiling():
         return None
     if context.short is None:
         context.short = _is_short(context)
@@ -74,7 +74,6 @@ def _is_short(context: RosaContext) -> bool:
     """Whether steps of this pass can take the short way at all."""
     return not (
         torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cuda")
         or torch.is_autocast_enabled("cpu")
         or context.keep_inputs
