@@ -5,9 +5,12 @@
 
 The model has the shape of Qwen3-1.7B with random weights in bfloat16; it decodes one row, eager,
 as `generate` does. Latency is the median over single steps, each waited for, after a context that
-chunked prefill has read; variants take turns, and the median of the rounds counts. A check comes
-first: on a small float32 model, steps through the cache must give the logits of the whole
-sequence. Memory is what the allocator holds for the cache, beside what
+chunked prefill has read. Hosts change their pace, to half of it and back within seconds, so the
+steps of every variant are timed between two short turns of the window: the ratio to the window is
+the median over the rounds of the ratio to its neighbours.
+
+A check comes first: on a small float32 model, steps through the cache must give the logits of the
+whole sequence. Memory is what the allocator holds for the cache, beside what
 `rosakit.tuning.memory.cache_memory` says.
 """
 
@@ -277,18 +280,36 @@ def measure(
         take_off(model, name)
         print(json.dumps(rows[name]), flush=True)
         keep(list(rows.values()))
+    base = "window" if "window" in rows else next(iter(rows), "")
+    others = [name for name in rows if name != base] or [base]
     timed: dict[str, list[float]] = {name: [] for name in rows}
+    shares: dict[str, list[float]] = {name: [] for name in rows}
+
+    def turn(name: str) -> float:
+        put_on(model, name, window)
+        found = steps(model, caches[name], count, vocabulary)[count // 4 :]
+        timed[name].append(statistics.median(found))
+        take_off(model, name)
+        return timed[name][-1]
+
     for _ in range(rounds):
-        for name in rows:
+        if not rows or time.monotonic() > until:
+            break
+        before = turn(base)
+        for name in others:
             if time.monotonic() > until:
                 break
-            put_on(model, name, window)
-            found = steps(model, caches[name], count, vocabulary)[count // 4 :]
-            timed[name].append(statistics.median(found))
-            take_off(model, name)
-            print(name, context, f"{timed[name][-1]:.2f} ms", flush=True)
-            rows[name]["step_ms"] = statistics.median(timed[name])
-            rows[name]["step_ms_rounds"] = timed[name]
+            own = turn(name)
+            after = turn(base)
+            shares[name].append(2 * own / (before + after))
+            print(name, context, f"{own:.2f} ms, {shares[name][-1]:.3f}", flush=True)
+            before = after
+            for changed in (base, name):
+                rows[changed]["step_ms"] = statistics.median(timed[changed])
+                rows[changed]["step_ms_rounds"] = [round(ms, 2) for ms in timed[changed]]
+            if base == "window" and name != base:
+                rows[name]["step_ms_over_window"] = round(statistics.median(shares[name]), 4)
+                rows[name]["step_ms_over_window_rounds"] = [round(s, 3) for s in shares[name]]
             keep(list(rows.values()))
     return list(rows.values())
 
@@ -299,9 +320,10 @@ def compare(rows: list[dict[str, Any]]) -> None:
         peers = {r["variant"]: r for r in rows if r["context"] == row["context"]}
         for key in ("step_ms", "cache_device_bytes"):
             for other in ("window", "full attention"):
-                base = peers.get(other, {}).get(key)
-                if base and key in row:
-                    row[f"{key}_over_{other.replace(' ', '_')}"] = round(row[key] / base, 4)
+                base, ratio = peers.get(other, {}).get(key), f"{key}_over_{other.replace(' ', '_')}"
+                measured = f"{ratio}_rounds" in row  # beside each other, which says more
+                if base and key in row and not measured:
+                    row[ratio] = round(row[key] / base, 4)
 
 
 def commit() -> str:
@@ -327,8 +349,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--tiny", action="store_true", help="a small model and short contexts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=40, help="steps timed in a round")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that variants take")
+    parser.add_argument("--steps", type=int, default=12, help="steps of a turn")
+    parser.add_argument("--rounds", type=int, default=9, help="turns that variants take")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, help="these, at 32k only")
     parser.add_argument("--all", action="store_true", help=f"with {SLOW}, too")
