@@ -50,15 +50,19 @@ class InjectedAdapter(nn.Module):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Forward hook on the attention: adds the injection to its output."""
-        begun, self._begun = self._begun, None
+        # A step of decoding comes by here for every layer: attributes of modules are slow to set.
+        begun = self._begun
+        if begun is not None:
+            self._begun = None
         forward = self._shared.context_of(module, kwargs)
         if forward.teacher is not None:
             return None
         u, context = _hidden(args, kwargs), forward.rosa
         first = output[0] if isinstance(output, tuple) else output
-        summed = step(self.adapter, u, context, first)
+        adapter: Any = self._modules["adapter"]
+        summed = step(adapter, u, context, first)
         if summed is None:
-            injected = self.adapter(self._readable(u), context, begun)
+            injected = adapter(self._readable(u), context, begun)
             summed = first + injected.to(first.dtype)
         return (summed, *output[1:]) if isinstance(output, tuple) else summed
 
