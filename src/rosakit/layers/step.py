@@ -193,16 +193,18 @@ def _prepared(
     """The launches for tensors like these, or None where they do not exist."""
     batch, length, hidden = u.shape
     tokens, memory = batch * length, state.memory
-    held = Weights(adapter)
     if not 0 < tokens <= TOKENS or length > STEPS or batch != memory.batch:
         return None
-    if not adapter.retrieve or adapter.own_value or not held.same(adapter):
+    narrow = adapter.v_proj.out_features != adapter.channels
+    if not adapter.retrieve or adapter.own_value or narrow:
+        return None
+    held = Weights(adapter)
+    if not held.same(adapter):
         return None
     weights = adapter.projections.plain(u.device)
     e0, e1, e_null = adapter.e0, adapter.e1, adapter.e_null
     if (
         weights is None
-        or any(w.shape[-2] != adapter.channels for w in weights.inward[-1])
         or not {u.dtype, weights.dtype, onto.dtype, e0.dtype} <= FORMATS.keys()
         or u.shape != onto.shape
         or not (memory.device == onto.device == e0.device == u.device)
