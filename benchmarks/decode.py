@@ -5,9 +5,12 @@
 
 The model has the shape of Qwen3-1.7B with random weights in bfloat16; it decodes one row, eager,
 as `generate` does. Latency is the median over single steps, each waited for, after a context that
-chunked prefill has read; variants take turns, and the median of the rounds counts. A check comes
-first: on a small float32 model, steps through the cache must give the logits of the whole
-sequence. Memory is what the allocator holds for the cache, beside what
+chunked prefill has read. Hosts change their pace, to half of it and back within seconds, so the
+steps of every variant are timed between two short turns of the window: the ratio to the window is
+the median over the rounds of the ratio to its neighbours.
+
+A check comes first: on a small float32 model, steps through the cache must give the logits of the
+whole sequence. Memory is what the allocator holds for the cache, beside what
 `rosakit.tuning.memory.cache_memory` says.
 """
 
@@ -35,7 +38,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import rosakit
 from rosakit import native
 from rosakit.files import atomic_write
-from rosakit.tuning import RosaConfig, attach, detach, rosa_parameters
+from rosakit.layers.step import step
+from rosakit.tuning import RosaConfig, attach, detach, inject, rosa_parameters
 from rosakit.tuning.memory import cache_memory, plan_memory
 
 SEED, WINDOW = 20261122, 2048
@@ -71,6 +75,8 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "window + 512 routes, 7 layers, GPU": {"routes": 512, "layers": SEVEN, "backend": "cuda"},
     "window + 512 routes, auto": {"routes": 512, "backend": "auto"},
     "window + 512 routes, host": {"routes": 512, "backend": "cpu"},
+    "window + 56 routes, separate": {"routes": 56, "backend": "cuda"},
+    "window + 512 routes, separate": {"routes": 512, "backend": "cuda"},
 }
 """The default configuration has 512 routes in every layer of this shape, and leaves the choice to
 "auto", which keeps them on the GPU at 32k."""
@@ -79,8 +85,14 @@ TWINS = {
     "window + 56 routes, 7 layers, host": "window + 56 routes, 7 layers, GPU",
     "window + 56 routes, host": "window + 56 routes, GPU",
     "window + 512 routes, host": "window + 512 routes, auto",
+    "window + 56 routes, separate": "window + 56 routes, GPU",
+    "window + 512 routes, separate": "window + 512 routes, auto",
 }
-"""Variants that differ in where their states lie only."""
+"""Variants that differ in where their states lie, or how steps are launched, only."""
+
+SEPARATE = ("window + 56 routes, separate", "window + 512 routes, separate")
+"""Every adapter's step as separate operators (see `rosakit.layers.step`): what most other devices
+and options do, and every GPU did before."""
 
 SLOW = "window + 512 routes, host"
 """Read in 18 s, 15 GB of suffix state at 32k: left out unless asked for."""
@@ -92,6 +104,7 @@ SHORT = (
     "window + 56 routes, 7 layers, GPU",
     "window + 56 routes, GPU",
     "window + 512 routes, auto",
+    *SEPARATE,
     "window + 56 routes, 7 layers, host",
     "window + 56 routes, host",
 )
@@ -131,6 +144,7 @@ def options_of(name: str, window: int, layers: int, on_gpu: bool) -> dict[str, A
 
 def put_on(model: Any, name: str, window: int) -> None:
     """Attach a variant, its parameters away from their silent start."""
+    inject.step = (lambda *_: None) if name in SEPARATE else step
     if VARIANTS[name] is None:
         return
     on_gpu = model.device.type == "cuda"
@@ -170,12 +184,12 @@ def prefill(model: Any, ids: torch.Tensor, chunk: int) -> Any:
 
 
 @torch.inference_mode()
-def check(device: str) -> dict[str, float]:
+def check(device: str, names: list[str]) -> dict[str, float]:
     """Largest difference between steps through the cache and the whole sequence, small model."""
     found = {}
     ids = text(160, SMALL["vocab_size"]).to(device)
     stepped: dict[str, torch.Tensor] = {}
-    for name in VARIANTS:
+    for name in names:
         model = build(SMALL, device, torch.float32)
         put_on(model, name, 32)
         whole = model(ids, use_cache=False).logits
@@ -187,9 +201,9 @@ def check(device: str) -> dict[str, float]:
         stepped[name] = torch.cat(parts, 1)
         found[name] = float((stepped[name] - whole).abs().max())
         assert found[name] < 1e-3, f"{name}: the cache changes logits by {found[name]}"
-        twin = TWINS.get(name, name)
-        apart = float((stepped[name] - stepped[twin]).abs().max())
-        assert apart < 1e-3, f"{name}: states on the host change logits by {apart}"
+        twin = stepped.get(TWINS.get(name, name), stepped[name])
+        apart = float((stepped[name] - twin).abs().max())
+        assert apart < 1e-3, f"{name}: its twin has other logits, by {apart}"
     return found
 
 
@@ -266,18 +280,36 @@ def measure(
         take_off(model, name)
         print(json.dumps(rows[name]), flush=True)
         keep(list(rows.values()))
+    base = "window" if "window" in rows else next(iter(rows), "")
+    others = [name for name in rows if name != base] or [base]
     timed: dict[str, list[float]] = {name: [] for name in rows}
+    shares: dict[str, list[float]] = {name: [] for name in rows}
+
+    def turn(name: str) -> float:
+        put_on(model, name, window)
+        found = steps(model, caches[name], count, vocabulary)[count // 4 :]
+        timed[name].append(statistics.median(found))
+        take_off(model, name)
+        return timed[name][-1]
+
     for _ in range(rounds):
-        for name in rows:
+        if not rows or time.monotonic() > until:
+            break
+        before = turn(base)
+        for name in others:
             if time.monotonic() > until:
                 break
-            put_on(model, name, window)
-            found = steps(model, caches[name], count, vocabulary)[count // 4 :]
-            timed[name].append(statistics.median(found))
-            take_off(model, name)
-            print(name, context, f"{timed[name][-1]:.2f} ms", flush=True)
-            rows[name]["step_ms"] = statistics.median(timed[name])
-            rows[name]["step_ms_rounds"] = timed[name]
+            own = turn(name)
+            after = turn(base)
+            shares[name].append(2 * own / (before + after))
+            print(name, context, f"{own:.2f} ms, {shares[name][-1]:.3f}", flush=True)
+            before = after
+            for changed in (base, name):
+                rows[changed]["step_ms"] = statistics.median(timed[changed])
+                rows[changed]["step_ms_rounds"] = [round(ms, 2) for ms in timed[changed]]
+            if base == "window" and name != base:
+                rows[name]["step_ms_over_window"] = round(statistics.median(shares[name]), 4)
+                rows[name]["step_ms_over_window_rounds"] = [round(s, 3) for s in shares[name]]
             keep(list(rows.values()))
     return list(rows.values())
 
@@ -288,9 +320,10 @@ def compare(rows: list[dict[str, Any]]) -> None:
         peers = {r["variant"]: r for r in rows if r["context"] == row["context"]}
         for key in ("step_ms", "cache_device_bytes"):
             for other in ("window", "full attention"):
-                base = peers.get(other, {}).get(key)
-                if base and key in row:
-                    row[f"{key}_over_{other.replace(' ', '_')}"] = round(row[key] / base, 4)
+                base, ratio = peers.get(other, {}).get(key), f"{key}_over_{other.replace(' ', '_')}"
+                measured = f"{ratio}_rounds" in row  # beside each other, which says more
+                if base and key in row and not measured:
+                    row[ratio] = round(row[key] / base, 4)
 
 
 def commit() -> str:
@@ -316,12 +349,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--tiny", action="store_true", help="a small model and short contexts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=40, help="steps timed in a round")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that variants take")
+    parser.add_argument("--steps", type=int, default=12, help="steps of a turn")
+    parser.add_argument("--rounds", type=int, default=9, help="turns that variants take")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="these, at 32k only")
     parser.add_argument("--all", action="store_true", help=f"with {SLOW}, too")
     args = parser.parse_args()
     until = time.monotonic() + args.seconds
+    names = args.only or list(VARIANTS)
     on_gpu = args.device.startswith("cuda")
     shape = SMALL if args.tiny else SHAPE
     result: dict[str, Any] = {
@@ -341,15 +376,19 @@ def main() -> None:
         },
         "shape": {**shape, "dtype": "float32" if args.tiny else "bfloat16", "batch": 1},
         "window": 32 if args.tiny else WINDOW,
-        "largest_difference_from_the_whole_sequence": check(args.device),
+        "largest_difference_from_the_whole_sequence": check(
+            args.device, args.only or list(VARIANTS)
+        ),
         "rows": [],
     }
     print(json.dumps(result["largest_difference_from_the_whole_sequence"]), flush=True)
     model = build(shape, args.device, torch.float32 if args.tiny else torch.bfloat16)
-    chosen = [*SHORT, SLOW] if args.all else list(SHORT)
+    chosen = args.only or ([*SHORT, SLOW] if args.all else list(SHORT))
+    longest = [] if args.only else list(LONG)
     contexts, chunks = ((300, 600), (100, 100)) if args.tiny else ((32768, 131072), (4096, 8192))
     # A share of the time for the long context, whatever the short one takes.
-    limits = (until - 0.45 * min(args.seconds, 1e6), until)
+    share = 0.45 if longest else 0.0
+    limits = (until - share * min(args.seconds, 1e6), until)
     done: list[dict[str, Any]] = []
 
     def keep(rows: list[dict[str, Any]]) -> None:
@@ -359,7 +398,7 @@ def main() -> None:
             atomic_write(args.out, json.dumps(result, indent=1) + "\n")
 
     for names, context, chunk, limit in zip(
-        (chosen, list(LONG)), contexts, chunks, limits, strict=True
+        (chosen, longest), contexts, chunks, limits, strict=True
     ):
         done += measure(
             *(model, names, context, result["window"], chunk, args.steps, args.rounds),

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime as dt
 import gc
 import json
 import os
@@ -95,6 +96,17 @@ def train(
     return losses[:CHECKED], times[CHECKED + 1 :]
 
 
+def attempt(
+    mode: str, mesh: DeviceMesh, setting: dict[str, Any], rows: torch.Tensor
+) -> dict[str, Any]:
+    """`run`, or what stopped it: what stops one process in the same way as the others does not
+    end the launch, and the others of the modes are still measured."""
+    try:
+        return run(mode, mesh, setting, rows)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        return {"mode": mode, "processes": mesh.size(), "error": str(error)[:300]}
+
+
 def run(mode: str, mesh: DeviceMesh, setting: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     """One mode on the processes of a mesh; `rows` has one row a process."""
     on_gpu, rank = mesh.device_type == "cuda", distributed.get_rank()
@@ -118,6 +130,8 @@ def run(mode: str, mesh: DeviceMesh, setting: dict[str, Any], rows: torch.Tensor
 
 def compared(row: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
     """The row against one GPU; without times if its losses are others."""
+    if "error" in row or "error" in alone:
+        return row
     worst = max(abs(a / b - 1) for a, b in zip(row["losses"], alone["losses"], strict=True))
     row["losses_differ"] = worst
     if not worst <= TOLERANCE:
@@ -133,12 +147,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file whose section 'throughput' is replaced")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--timeout", type=float, default=120, help="seconds to wait for others")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script")
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    # A process that is left alone in a collective ends the launch instead of holding the machine.
+    limit = dt.timedelta(seconds=arguments.timeout)
+    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=limit)
     rank, world = distributed.get_rank(), distributed.get_world_size()
     shape, length, window = SHAPE, arguments.length, 2048
     if arguments.tiny:
@@ -153,7 +170,7 @@ def main() -> None:
     alone: dict[str, Any] = {}
     for n in sizes:
         for mode in ("one GPU",) if n == 1 else ("DDP", "FSDP2"):
-            row = run(mode, meshes[n], setting, rows) if rank < n else {}
+            row = attempt(mode, meshes[n], setting, rows) if rank < n else {}
             gc.collect()
             if on_gpu:
                 torch.cuda.empty_cache()

@@ -7,6 +7,8 @@ import functools
 import shutil
 import subprocess
 import tempfile
+import types
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 
 from rosakit import cuda
 from rosakit.cuda import credit as credit_launcher
-from rosakit.cuda import matcher
+from rosakit.cuda import matcher, project
 from rosakit.cuda.stream import StreamMemory
 from rosakit.ops.oracle import suffix_match_oracle
 
@@ -46,9 +48,9 @@ def build(source: str, **macros: int) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
-def _pointer(array: np.ndarray | torch.Tensor | None) -> ctypes.c_void_p:
-    if array is None:
-        return ctypes.c_void_p(None)
+def _pointer(array: np.ndarray | torch.Tensor | int | None) -> ctypes.c_void_p:
+    if array is None or isinstance(array, int):
+        return ctypes.c_void_p(array or None)
     at = array.data_ptr() if isinstance(array, torch.Tensor) else array.ctypes.data
     return ctypes.c_void_p(at)
 
@@ -113,7 +115,7 @@ def match(
 
 def launch_stream(
     name: str,
-    tensors: list[torch.Tensor | None],
+    tensors: list[torch.Tensor | int | None],
     before: list[int],
     after: list[int],
     capacity: int,
@@ -152,8 +154,52 @@ def stream_memory(monkeypatch: pytest.MonkeyPatch, saturated: int = 65535) -> No
         rules = {"max_length": max_length, "min_length": min_length}
         return suffix_match_oracle(q, k, segment_starts=segment_starts, **rules)
 
+    def prepared(self, name, numbers, formats):
+        def queue(slots):
+            # Pointers, then numbers with the capacity among them.
+            parts = slots[:15], slots[15:18], slots[19:]
+            launch(self, name, *map(list, parts), formats)
+
+        return Prepared(numbers, queue)
+
+    project_kernels(monkeypatch)  # which steps launch beside those of the state
     monkeypatch.setattr(StreamMemory, "_launch", launch)
+    monkeypatch.setattr(StreamMemory, "_prepared", prepared)
     monkeypatch.setattr(matcher, "match", by_oracle)
+
+
+class Prepared:
+    """`rosakit.cuda.compile.Prepared` of an emulated kernel.
+
+    Args:
+        numbers: the arguments.
+        queue: what launches with them.
+    """
+
+    def __init__(self, numbers: Sequence[int], queue: Callable[[list[int]], None]) -> None:
+        self.slots = list(numbers)
+        self._queue = queue
+
+    def queue(self, stream: int) -> None:
+        self._queue(self.slots)
+
+
+def project_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets `rosakit.cuda.project` run on the CPU."""
+
+    def kernel(x: int, weight: int, y: int, index: int | None) -> types.SimpleNamespace:
+        library = build("project", X_SCALAR=x, SCALAR=weight, Y_SCALAR=y)
+
+        def prepare(grid: tuple[int, int, int], threads: int, numbers: Sequence[int]) -> Prepared:
+            def queue(slots: list[int]) -> None:
+                counts = map(ctypes.c_uint32, [*slots[6:], grid[2]])
+                library.emulate_project(*map(_pointer, slots[:6]), *counts)
+
+            return Prepared([int(number) for number in numbers], queue)
+
+        return types.SimpleNamespace(prepare=prepare)
+
+    monkeypatch.setattr(project, "_kernel", kernel)
 
 
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1}

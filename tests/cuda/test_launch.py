@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,8 +106,9 @@ def test_threads_launch_with_their_own_arguments(monkeypatch):
             return (0,)
 
     monkeypatch.setattr(compile, "_driver", lambda: Driver())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
-    kernel = compile.Kernel(object(), "stub")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(compile, "stream_of", lambda index: 7)
+    kernel = compile.Kernel(object(), "stub", 0)
 
     def launch(number):
         for turn in range(20):

@@ -54,12 +54,48 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rosakit"
 
 
+class Prepared:
+    """A kernel with its arguments, which may be changed between launches; for one thread.
+
+    Attributes:
+        slots: the arguments, as wide as 64 bits each.
+    """
+
+    def __init__(
+        self,
+        function: Any,
+        name: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        numbers: Sequence[int],
+    ) -> None:
+        self.slots = (ctypes.c_uint64 * len(numbers))(*numbers)
+        first = ctypes.addressof(self.slots)
+        places = range(first, first + 8 * len(numbers), 8)
+        self._places = (ctypes.c_uint64 * len(numbers))(*places)
+        self._call = (function, *grid, threads, 1, 1, 0)
+        self._address = ctypes.addressof(self._places)
+        self._name = name
+        self._launch = _driver().cuLaunchKernel
+
+    def queue(self, stream: int) -> None:
+        """Queue it on a stream of its device, which is the current one.
+
+        Raises:
+            BackendError: the driver refuses the launch.
+        """
+        result = self._launch(*self._call, stream, self._address, 0)
+        if result[0] != 0:
+            _check(result, self._name)
+
+
 class Kernel:
     """A kernel of one device, ready to launch."""
 
-    def __init__(self, function: Any, name: str) -> None:
+    def __init__(self, function: Any, name: str, index: int) -> None:
         self._function = function
         self._name = name
+        self._index = index
         self._allowed = _DEFAULT_SHARED
         self._block = threading.local()  # a thread that launches fills its own
 
@@ -68,7 +104,8 @@ class Kernel:
     ) -> None:
         """Queue the kernel with pointers and whole numbers of up to 64 bits: little host work.
 
-        A number is read as wide as its parameter is (little-endian).
+        On torch's current stream of the kernel's device, whichever device is current. A number is
+        read as wide as its parameter is (little-endian).
 
         Raises:
             BackendError: the driver refuses the launch.
@@ -81,12 +118,19 @@ class Kernel:
             block.places = (ctypes.c_uint64 * len(numbers))(*places)
             block.address = ctypes.addressof(block.places)
         block.slots[:] = numbers
-        stream = torch.cuda.current_stream().cuda_stream
-        result = _driver().cuLaunchKernel(
-            self._function, *grid, threads, 1, 1, 0, stream, block.address, 0
-        )
+        index = self._index
+        arguments = (*grid, threads, 1, 1, 0, stream_of(index), block.address, 0)
+        if index == torch.cuda.current_device():
+            result = _driver().cuLaunchKernel(self._function, *arguments)
+        else:
+            with torch.cuda.device(index):
+                result = _driver().cuLaunchKernel(self._function, *arguments)
         if result[0] != 0:
             _check(result, self._name)
+
+    def prepare(self, grid: tuple[int, int, int], threads: int, numbers: Sequence[int]) -> Prepared:
+        """`launch_words`, laid out once to be queued often."""
+        return Prepared(self._function, self._name, grid, threads, numbers)
 
     def launch(
         self,
@@ -141,7 +185,7 @@ def load(
         if key not in _modules:
             major, minor = torch.cuda.get_device_capability(index)
             cubin = _cubin(sources, macros, f"sm_{major}{minor}")
-            _modules[key] = _load_module(cubin, names)
+            _modules[key] = _load_module(cubin, names, index)
         return _modules[key]
 
 
@@ -197,7 +241,7 @@ def compile_cubin(text: str, macros: Mapping[str, int], arch: str) -> bytes:
     return cubin
 
 
-def _load_module(cubin: bytes, names: Sequence[str]) -> dict[str, Kernel]:
+def _load_module(cubin: bytes, names: Sequence[str], index: int) -> dict[str, Kernel]:
     from cuda.bindings import driver
 
     torch.cuda.current_stream()  # makes torch's context current
@@ -205,8 +249,14 @@ def _load_module(cubin: bytes, names: Sequence[str]) -> dict[str, Kernel]:
     kernels = {}
     for name in names:
         (function,) = _check(driver.cuModuleGetFunction(module, name.encode()), name)
-        kernels[name] = Kernel(function, name)
+        kernels[name] = Kernel(function, name, index)
     return kernels
+
+
+def stream_of(index: int) -> int:
+    """Torch's current stream of a device, without the object that `torch.cuda` makes of it."""
+    stream: int = torch._C._cuda_getCurrentRawStream(index)
+    return stream
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rosakit.cuda import compile, matcher
+from rosakit.cuda.project import FORMATS as _FORMATS
 from rosakit.errors import InvalidInputError, InvalidTypeError
 from rosakit.types import NO_MATCH, Match
 
@@ -20,9 +21,9 @@ _KERNELS = ("extend_streams", "step_streams", "rebuild_runs")
 _THREADS = 512
 _SOURCES = ("format.cuh", "stream.cu")
 _UNLIMITED = 0xFFFFFFFF
+_MASK, _LENGTHS, _START = 6, 11, 15  # arguments of step_streams that change from step to step
 STEPS = 8
 """Chunks up to this length go symbol by symbol; longer ones through the whole-sequence matcher."""
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def bytes_a_symbol(bits: int) -> float:
@@ -89,12 +90,12 @@ class StreamMemory:
             )
         self.routes, self.bits = routes, bits
         self.max_length, self.min_length = max_length, min_length
-        self.device = torch.device(device)
         self.batch = batch
         self.queries, self.keys, self.values = (
             torch.empty((batch, routes, 0), dtype=torch.uint8, device=device) for _ in range(3)
         )
         self.runs = torch.empty((batch, routes, 0), dtype=torch.int16, device=device)
+        self.device = self.runs.device  # with its number
         self._most = 0  # a bound of the lengths that the host knows
         self._ragged: Tensor | None = None  # int64 [B] once rows may differ in length
 
@@ -183,6 +184,51 @@ class StreamMemory:
         )
         self._grow(n, kept)
         return y, found
+
+    def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a prepared step writes to: once one is another tensor, prepare anew."""
+        return self.queries, self.keys, self.values, self.runs
+
+    def prepare(
+        self,
+        channels: tuple[int, int, int],
+        levels: tuple[int, int, int],
+        y: int,
+        n: int,
+        *,
+        stride: int,
+        own: bool,
+        formats: tuple[int, int],
+    ) -> compile.Prepared:
+        """`read` by addresses, of which nothing is checked, for `take` to launch.
+
+        Args:
+            channels: of q, k and v, tokens `stride` numbers apart.
+            levels: of e0, e1 and e_null (0 for none).
+            y: ``[B, n, C]`` to write to.
+            n: tokens of a row.
+            own: as `read`.
+            formats: numbers of the dtypes of channels and levels, see `rosakit.cuda.project`.
+        """
+        numbers = [*channels, *levels, 0, *(x.data_ptr() for x in self.tables()), 0, y, 0, 0]
+        numbers += [0, self.routes, n, self.capacity, self.max_length or _UNLIMITED]
+        numbers += [self.min_length, stride, int(own)]
+        return self._prepared("step_streams", numbers, formats)
+
+    def reserve(self, n: int) -> None:
+        """Room for n more symbols, so that what is prepared now can take them."""
+        self._reserve(self._most + n)
+
+    def take(self, prepared: compile.Prepared, n: int, mask: Tensor | None, stream: int) -> None:
+        """Launch what `prepare` made for n symbols of each row, which room is reserved for."""
+        kept = self._unequal(mask)
+        given = None if kept is None else kept.to(torch.uint8).contiguous()
+        slots = prepared.slots
+        slots[_MASK] = 0 if given is None else given.data_ptr()
+        slots[_LENGTHS] = 0 if self._ragged is None else self._ragged.data_ptr()
+        slots[_START] = self._most
+        prepared.queue(stream)
+        self._grow(n, kept)
 
     def fits(self, channels: list[Tensor], e0: Tensor) -> bool:
         """Whether `read` takes these q, k and v."""
@@ -330,20 +376,16 @@ class StreamMemory:
         after: list[int],
         formats: tuple[int, int] = (0, 0),
     ) -> None:
-        kernel = self._kernel(name, formats)
+        kernel = _kernels(self.bits, *formats, self.device.index)[name]
         numbers = [0 if x is None else x.data_ptr() for x in tensors]
         numbers += [*before, self.capacity, *after]
-        grid = (self.batch * self.routes, 1, 1)
-        if self.device.index in (None, torch.cuda.current_device()):
-            kernel.launch_words(grid, _THREADS, numbers)
-            return
-        with torch.cuda.device(self.device):
-            kernel.launch_words(grid, _THREADS, numbers)
+        kernel.launch_words((self.batch * self.routes, 1, 1), _THREADS, numbers)
 
-    def _kernel(self, name: str, formats: tuple[int, int]) -> compile.Kernel:
-        index = self.device.index
-        index = torch.cuda.current_device() if index is None else index
-        return _kernels(self.bits, *formats, index)[name]
+    def _prepared(
+        self, name: str, numbers: list[int], formats: tuple[int, int]
+    ) -> compile.Prepared:
+        kernel = _kernels(self.bits, *formats, self.device.index)[name]
+        return kernel.prepare((self.batch * self.routes, 1, 1), _THREADS, numbers)
 
     def _reserve(self, length: int) -> None:
         """Room for `length` symbols and a spare column; an eighth more when it grows."""

@@ -37,6 +37,8 @@ class RosaContext:
             (in host memory when streaming).
         keep_inputs: adapters with trained addresses leave what they read in `inputs`.
         inputs: layer index to the adapter's input ``[B, T, H]``, without its graph.
+        short: whether decoding steps can take the short way of `rosakit.layers.step`; found out by
+            the first.
         shared: what the first adapter computes and the others use again, by name.
     """
 
@@ -53,6 +55,7 @@ class RosaContext:
     matches: dict[int, Match] = field(default_factory=dict)
     keep_inputs: bool = False
     inputs: dict[int, Tensor] = field(default_factory=dict)
+    short: bool | None = None
     shared: dict[Hashable, Any] = field(default_factory=dict)
 
     def records(self, layer_index: int) -> bool:

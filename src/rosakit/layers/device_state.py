@@ -10,7 +10,7 @@ never.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -74,6 +74,16 @@ def auto_positions(
     return min(matcher.MAX_POSITIONS, int(AUTO_BYTES / (own * batch)))
 
 
+class Recipes(dict[Any, Any]):
+    """The prepared steps of a state (see `rosakit.layers.step`), by what they are made for.
+
+    A copy of the state makes its own: they hold addresses.
+    """
+
+    def __reduce__(self) -> tuple[type[Recipes], tuple[()]]:
+        return Recipes, ()
+
+
 class DeviceState:
     """What one adapter remembers, on a GPU; the same numbers as `AdapterState`.
 
@@ -94,6 +104,9 @@ class DeviceState:
             min_length=adapter.min_length,
             device=device,
         )
+        self.bound: tuple[str, int | None] = ("", 0)
+        """The backend for which so many positions may lie here (None: any number)."""
+        self.recipes = Recipes()
 
     @property
     def nbytes(self) -> int:
@@ -133,9 +146,15 @@ class DeviceState:
             matched = channel_mask(found.position, bits)
         return values_of_bits(symbols.unpack(read, bits), matched, e0, e1, e_null, v.dtype), found
 
+    def admits(self, adapter: RosaAdapter, more: int) -> bool:
+        """Whether `more` positions may be added here, as far as the limit was known last."""
+        backend, limit = self.bound
+        return adapter.backend == backend and (limit is None or self.memory.most + more <= limit)
+
     def select(self, rows: Tensor) -> None:
         """Keep rows in the given order (beam search)."""
         self.memory = self.memory.index_select(rows)
+        self.recipes.clear()
 
     def truncate(self, lengths: Tensor) -> None:
         """Forget what lies past the given lengths ``[B]``."""

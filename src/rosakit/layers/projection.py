@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -148,6 +148,23 @@ def copied_numbers(hidden_size: int, channels: int, rank: int | None) -> int:
     return 3 * rank * (hidden_size + channels)
 
 
+class PlainWeights(NamedTuple):
+    """The weights of maps that are their weights and nothing else.
+
+    Attributes:
+        rank: of every map, None for whole matrices.
+        dtype: of every weight.
+        inward: by factor (the inner one first), the weights of ``W_q``, ``W_k`` and ``W_v``,
+            without ``W_k`` where keys are projected by ``W_q``.
+        outward: by factor, the weight of ``W_o``.
+    """
+
+    rank: int | None
+    dtype: torch.dtype
+    inward: list[list[Tensor]]
+    outward: list[Tensor]
+
+
 class Projections(nn.Module):
     """``W_q``, ``W_k``, ``W_v``, ``W_o`` and the own value's output map (semantics section 4).
 
@@ -220,6 +237,36 @@ class Projections(nn.Module):
         # [3, B T, rank] by [3, rank, C]
         parts = torch.bmm(inner.view(batch * length, 3, rank).transpose(0, 1), up)
         return [part.view(batch, length, -1) for part in parts.unbind()], None
+
+    def plain(self, device: torch.device) -> PlainWeights | None:
+        """The contiguous weights of ``W_q``, ``W_k``, ``W_v`` and ``W_o`` on the device.
+
+        None where there are no addresses, where a map is more than its weights (hooks,
+        offloading), or where weights differ in dtype or maps in rank.
+        """
+        w_o, rank = self.w_o, self.w_o.rank
+        names = ("weight",) if rank is None else ("down", "up")
+        found: list[list[Tensor]] = []
+        dtype: torch.dtype | None = None
+        for m in (self.w_q, self.w_k, self.w_v, w_o):
+            if m is None:
+                continue
+            if m.rank != rank or not _is_plain(m, device):
+                return None
+            factors: list[Tensor] = []
+            for name in names:
+                w = m._parameters[name]
+                if type(w) is not nn.Parameter or not w.is_contiguous():
+                    return None
+                dtype = dtype or w.dtype
+                if w.dtype != dtype:
+                    return None
+                factors.append(w)
+            found.append(factors)
+        *inward, outward = found
+        if self.w_q is None or dtype is None:
+            return None
+        return PlainWeights(rank, dtype, [list(ws) for ws in zip(*inward, strict=True)], outward)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -327,6 +327,7 @@ class RosaStates:
         self.recent: RecentTokens | None = None
         self.far: FarState | None = None
         self.coded: dict[Hashable, CodeState] = {}
+        self._room: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def adapter(self, module: RosaAdapter, batch: int) -> AdapterState:
         """The state of one adapter, in host memory: moved there if it was on the device."""
@@ -351,7 +352,16 @@ class RosaStates:
             return self.adapter(module, batch)
         if state is None:
             state = self.adapters[module.layer_index] = DeviceState(module, batch)
+        state.bound = (module.backend, limit)
         return state
+
+    def room(self, numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for what lies between the launches of a step; the layers use it in turn."""
+        held = self._room.get((device, dtype))
+        if held is None or held.numel() < numbers:
+            held = torch.empty(max(numbers, 4096), dtype=dtype, device=device)
+            self._room[device, dtype] = held
+        return held
 
     def settle(self, modules: Iterable[RosaAdapter]) -> None:
         """Bring every state to host memory, as saving wants it."""
@@ -424,6 +434,7 @@ class RosaStates:
         self.adapters.clear()
         self.coded.clear()
         self.copies.clear()
+        self._room.clear()
 
     def _each(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rosakit.layers import RosaAdapter, RosaContext
 from rosakit.layers.adapter import Begun
+from rosakit.layers.step import step
 from rosakit.tuning.context import Shared
 
 
@@ -49,14 +50,21 @@ class InjectedAdapter(nn.Module):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Forward hook on the attention: adds the injection to its output."""
-        begun, self._begun = self._begun, None
-        if self._silent(module, kwargs):
+        # A step of decoding comes by here for every layer: attributes of modules are slow to set.
+        begun = self._begun
+        if begun is not None:
+            self._begun = None
+        forward = self._shared.context_of(module, kwargs)
+        if forward.teacher is not None:
             return None
-        u, context = self._input(module, args, kwargs)
-        injected = self.adapter(u, context, begun)
-        if isinstance(output, tuple):
-            return (output[0] + injected.to(output[0].dtype), *output[1:])
-        return output + injected.to(output.dtype)
+        u, context = _hidden(args, kwargs), forward.rosa
+        first = output[0] if isinstance(output, tuple) else output
+        adapter: Any = self._modules["adapter"]
+        summed = step(adapter, u, context, first)
+        if summed is None:
+            injected = adapter(self._readable(u), context, begun)
+            summed = first + injected.to(first.dtype)
+        return (summed, *output[1:]) if isinstance(output, tuple) else summed
 
     def norm_input(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook on the norm in front of the attention: keeps its input ``h``."""
@@ -94,11 +102,12 @@ class InjectedAdapter(nn.Module):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, RosaContext]:
         """What the adapter reads: the attention's own input, in the adapter's dtype."""
-        u = _hidden(args, kwargs)
         context = self._shared.context_of(module, kwargs).rosa
-        if not torch.is_autocast_enabled(u.device.type):
-            u = u.to(self.adapter.v_proj.dtype)
-        return u, context
+        return self._readable(_hidden(args, kwargs)), context
+
+    def _readable(self, u: Tensor) -> Tensor:
+        """The hidden states in the adapter's dtype, unless autocast sees to it."""
+        return u if torch.is_autocast_enabled(u.device.type) else u.to(self.adapter.v_proj.dtype)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
