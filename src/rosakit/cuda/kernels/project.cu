@@ -1,8 +1,8 @@
 // Linear maps without bias of a few tokens, one warp an output: y[t][p] = W_p x[t][p], and what is
 // added to it. Where one token decodes, weights are read once and launches are what costs.
 //
-// x is read in the weights' dtype and sums are float32. The product is rounded to the weights' dtype, then to that of y, then added and
-// rounded again: what a chain of separate operators gives.
+// x is read in the weights' dtype and sums are float32. The product is rounded to the weights'
+// dtype, then to that of y, then added and rounded again: what a chain of separate operators gives.
 //
 // Compile-time, dtypes as in format.cuh: X_SCALAR of x, SCALAR of the weights, Y_SCALAR of y and of
 // what is added.
