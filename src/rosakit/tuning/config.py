@@ -118,10 +118,15 @@ class RosaConfig:
         "window, for what attention no longer sees); none for no such candidate.",
         low=1,
     )
+    far_candidates: int = option(
+        1,
+        "With far_distance: candidates beyond it, the best match and further distinct successors.",
+        low=1,
+    )
     length_tiers: tuple[int, ...] = option(
         (),
         "Address token and fixed hash: minimal match lengths that the routes take in turn; empty "
-        "for min_length in all of them.",
+        "for min_length in all of them. With select, lengths that learning corrects.",
     )
     select: int = option(
         0,
@@ -206,7 +211,8 @@ class RosaConfig:
             self.address,
             learned=self.learns_address,
             shared_qk=self.shared_qk,
-            candidates=self.address_candidates,
+            candidates=self.address_candidates + self.far_count,
+            far_candidates=self.far_count,
             length_tiers=self.length_tiers,
             select=self.select,
             select_tiers=self.select_tiers,
@@ -220,6 +226,11 @@ class RosaConfig:
             raise InvalidInputError(
                 f"RosaConfig.far_distance={self.far_distance} adds a candidate to token matches; "
                 "use address='token', or leave it at none"
+            )
+        if self.far_candidates > 1 and self.far_distance is None:
+            raise InvalidInputError(
+                f"RosaConfig.far_candidates={self.far_candidates} lie beyond far_distance and there "
+                "is none; set far_distance, or leave far_candidates at 1"
             )
         if self.backend == "pipeline" and self.estimator != "counterfactual":
             raise InvalidInputError(
@@ -257,6 +268,11 @@ class RosaConfig:
     def learns_address(self) -> bool:
         """Whether adapters have trained projections of queries and keys."""
         return self.address == "learned" or (self.address == "hash" and self.hash_refine)
+
+    @property
+    def far_count(self) -> int:
+        """Candidates beyond a distance; 0 without `far_distance`."""
+        return self.far_candidates if self.far_distance is not None else 0
 
     @property
     def all_estimator_options(self) -> dict[str, Any]:
