@@ -49,6 +49,14 @@ SELECT: dict[str, Any] = {
     "select_tiers": (0.05, 0.2, 0.4, 0.6, 0.8, 0.95),
     "select_lens": True,
 }
+LENGTHS: dict[str, Any] = {
+    "address": "token",
+    "far_distance": 256,
+    "far_candidates": 4,
+    "length_tiers": TIERS,
+    "select": 64,
+}
+SURPLUS = {"qk_lr_scale": 1.0, "address_weight": 1.0, "address_loss": "surplus"}
 CHOSEN = {"qk_lr_scale": 1.0, "address_weight": 1.0, "address_loss": "next_token"}
 UNTAUGHT = {"qk_lr_scale": 1.0}
 FROZEN = {"qk_lr_scale": 0.0}
@@ -165,6 +173,47 @@ VARIANTS: dict[str, Variant] = {
         SELECT | {"address_candidates": 1, "far_distance": None},
         CHOSEN,
     ),
+    "lengths": Variant("as `token-far-tiers`, and learned lengths choose", LENGTHS, UNTAUGHT),
+    "lengths-slow": Variant("… at 0.3 of the rate", LENGTHS, {"qk_lr_scale": 0.3}),
+    "lengths-fast": Variant("… at 3 times the rate", LENGTHS, {"qk_lr_scale": 3.0}),
+    "lengths-lens": Variant(
+        "… with the model's logits of the candidates", LENGTHS | {"select_lens": True}, UNTAUGHT
+    ),
+    "lengths-surplus": Variant("… taught by the surplus", LENGTHS, SURPLUS),
+    "lengths-surplus-lens": Variant(
+        "… taught by the surplus, with the model's logits",
+        LENGTHS | {"select_lens": True},
+        SURPLUS,
+    ),
+    "lengths-surplus-light": Variant(
+        "… taught by a tenth of the surplus", LENGTHS, SURPLUS | {"address_weight": 0.1}
+    ),
+    "lengths-surplus-only": Variant(
+        "… taught by the surplus alone", LENGTHS | {"select_credit": False}, SURPLUS
+    ),
+    "lengths-surplus-only-lens": Variant(
+        "… taught by the surplus alone, with the model's logits",
+        LENGTHS | {"select_credit": False, "select_lens": True},
+        SURPLUS,
+    ),
+    "lengths-next": Variant("… taught by next tokens", LENGTHS, CHOSEN),
+    "lengths-trust": Variant(
+        "… with one candidate of each group: trust alone is learned",
+        LENGTHS | {"far_candidates": 1},
+        UNTAUGHT,
+    ),
+    "lengths-trust-surplus": Variant(
+        "… with one candidate of each group, taught by the surplus",
+        LENGTHS | {"far_candidates": 1},
+        SURPLUS,
+    ),
+    "lengths-far8": Variant(
+        "… with eight candidates beyond the window", LENGTHS | {"far_candidates": 8}, UNTAUGHT
+    ),
+    "lengths-near4": Variant(
+        "… with four candidates of each group", LENGTHS | {"address_candidates": 4}, UNTAUGHT
+    ),
+    "lengths-frozen": Variant("… not trained", LENGTHS, FROZEN),
     "ceiling": Variant("full attention, own value", TOKEN | {"retrieve": False, "window": None}),
 }
 

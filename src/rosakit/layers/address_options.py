@@ -31,8 +31,9 @@ def check_address_options(
     Args:
         address: "learned", "token" or "hash".
         learned: whether the addresses have trained projections.
-        shared_qk, candidates, far_candidates, length_tiers, select, select_tiers, select_lens, hash_orders,
-            hash_refine, hash_scale, credit_margin: as in `rosakit.layers.RosaAdapter`.
+        shared_qk, candidates, far_candidates, length_tiers, select, select_tiers, select_lens,
+            hash_orders, hash_refine, hash_scale, credit_margin: as in
+            `rosakit.layers.RosaAdapter`.
 
     Raises:
         InvalidInputError: says which option does not fit and what to use instead.

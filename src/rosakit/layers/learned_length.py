@@ -93,8 +93,9 @@ class LengthSelection(Selection):
         rank = torch.cat([torch.arange(size, dtype=torch.float32) for size in self.groups])
         self.rank_score.copy_(-_RANK_STEP / self.pace * rank)
         self.null_score.fill_(_NOTHING / self.pace)
-        if getattr(self, "lens_weight", None) is not None:
-            self.lens_weight.zero_()
+        weight: nn.Parameter | None = getattr(self, "lens_weight", None)  # made after the rest
+        if weight is not None:
+            weight.zero_()
 
     def forward(
         self, u: Tensor, keys: Tensor, found: Match, distance: Tensor, rows: Tensor | None = None
@@ -116,10 +117,7 @@ class LengthSelection(Selection):
             delta = delta + self.pace * self.lens_weight.float() * self.lens(u, rows)
         trust = self.null(u).float().transpose(1, 2)  # [B, G, T]
         delta = delta + torch.cat(
-            [
-                trust[:, g : g + 1].expand(-1, size, -1)
-                for g, size in enumerate(self.groups)
-            ],
+            [trust[:, g : g + 1].expand(-1, size, -1) for g, size in enumerate(self.groups)],
             1,
         )
         octaves = torch.log2(found.length.clamp(min=1).float()) + delta

@@ -154,9 +154,9 @@ class Selection(nn.Module):
     def evidence(self, u: Tensor, keys: Tensor, found: Match, distance: Tensor) -> Tensor:
         """What hidden states, lengths, distances and ranks say: float32 ``[B, K, T]``."""
         query = self.query(u).float()[:, None]
-        score = (query * keys).sum(-1) / self.width**0.5
+        score: Tensor = (query * keys).sum(-1) / self.width**0.5
         octave = torch.log2(distance.clamp(min=1).float()).floor().clamp(max=_DISTANCES - 1)
-        looked_up: Tensor = (
+        looked_up = (
             _looked_up(self.length_score, length_bucket(found.length))
             + _looked_up(self.distance_score, octave.to(torch.int64))
             + self.rank_score.float()[:, None]

@@ -151,9 +151,7 @@ SEARCHED = 16
 """Best distinct successors among which further distant ones are looked for."""
 
 
-def further_matches(
-    best: Match, far: Match, back: Tensor, distance: int, count: int
-) -> Match:
+def further_matches(best: Match, far: Match, back: Tensor, distance: int, count: int) -> Match:
     """Distant candidates beside the best one: other successors, as good as they come.
 
     Args:

@@ -229,8 +229,8 @@ class RosaConfig:
             )
         if self.far_candidates > 1 and self.far_distance is None:
             raise InvalidInputError(
-                f"RosaConfig.far_candidates={self.far_candidates} lie beyond far_distance and there "
-                "is none; set far_distance, or leave far_candidates at 1"
+                f"RosaConfig.far_candidates={self.far_candidates} lie beyond far_distance and "
+                "there is none; set far_distance, or leave far_candidates at 1"
             )
         if self.backend == "pipeline" and self.estimator != "counterfactual":
             raise InvalidInputError(

@@ -53,6 +53,7 @@ class RosaController(nn.Module):
             pass, with the adapters' matches, or None.
         keep_inputs: recorded contexts also hold what learned addresses are computed from.
         teacher: while set, passes show full attention without adapters to it.
+        silent: while set, passes are the windowed model's, without adapters and token route.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class RosaController(nn.Module):
         self.record_layers: frozenset[int] | None = None
         self.keep_inputs = False
         self.teacher: AttentionTargets | None = None
+        self.silent = False
         self.shared = shared
         self._candidates: TokenCandidates | None = None
         self._logits_to_keep: int | Tensor = 0
@@ -157,12 +159,13 @@ class RosaController(nn.Module):
                 )
             context = self._chunk(ids, mask, carrier, batch, length, example.device)
         context.teacher = self.teacher
-        if self.recorder is not None and self.teacher is None:
+        context.silent = self.silent or self.teacher is not None
+        if self.recorder is not None and not context.silent:
             context.rosa.record = True
             context.rosa.record_layers = self.record_layers
             context.rosa.keep_inputs = self.keep_inputs
             self.recorder.append(context.rosa)
-        self._candidates = context.rosa.candidates
+        self._candidates = None if self.silent else context.rosa.candidates
         self.shared.current = context
         if self._decoder_keywords:
             named[CONTEXT] = context
@@ -236,9 +239,7 @@ class RosaController(nn.Module):
         parts = [Match(near.position[:, :used], near.length[:, :used]), far]
         if self.config.far_candidates > 1:
             back = own[:, None].to(near.position.device) - near.position
-            parts.append(
-                further_matches(near, far, back, distance, self.config.far_candidates - 1)
-            )
+            parts.append(further_matches(near, far, back, distance, self.config.far_candidates - 1))
         return Match(
             torch.cat([part.position for part in parts], dim=1),
             torch.cat([part.length for part in parts], dim=1),
