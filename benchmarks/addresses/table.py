@@ -15,7 +15,15 @@ from typing import Any
 
 from benchmarks.addresses.variants import VARIANTS
 
-HEALTH = ("next_token", "key_token", "beyond_window", "match_rate", "match_length", "entropy")
+HEALTH = (
+    "next_token",
+    "key_token",
+    "beyond_window",
+    "match_rate",
+    "match_length",
+    "entropy",
+    "changed",
+)
 
 
 def collect(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

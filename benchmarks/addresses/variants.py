@@ -56,7 +56,8 @@ LENGTHS: dict[str, Any] = {
     "length_tiers": TIERS,
     "select": 64,
 }
-SURPLUS = {"qk_lr_scale": 1.0, "address_weight": 1.0, "address_loss": "surplus"}
+CAREFUL = {"qk_lr_scale": 0.3}
+SURPLUS = {"qk_lr_scale": 0.3, "address_weight": 1.0, "address_loss": "surplus"}
 CHOSEN = {"qk_lr_scale": 1.0, "address_weight": 1.0, "address_loss": "next_token"}
 UNTAUGHT = {"qk_lr_scale": 1.0}
 FROZEN = {"qk_lr_scale": 0.0}
@@ -173,11 +174,31 @@ VARIANTS: dict[str, Variant] = {
         SELECT | {"address_candidates": 1, "far_distance": None},
         CHOSEN,
     ),
-    "lengths": Variant("as `token-far-tiers`, and learned lengths choose", LENGTHS, UNTAUGHT),
-    "lengths-slow": Variant("… at 0.3 of the rate", LENGTHS, {"qk_lr_scale": 0.3}),
-    "lengths-fast": Variant("… at 3 times the rate", LENGTHS, {"qk_lr_scale": 3.0}),
+    "lengths": Variant("as `token-far-tiers`, and learned lengths choose", LENGTHS, CAREFUL),
+    "lengths-slow": Variant("… at 0.1 of the rate", LENGTHS, {"qk_lr_scale": 0.1}),
+    "lengths-fast": Variant("… at the full rate", LENGTHS, UNTAUGHT),
     "lengths-lens": Variant(
-        "… with the model's logits of the candidates", LENGTHS | {"select_lens": True}, UNTAUGHT
+        "… with the model's logits of the candidates", LENGTHS | {"select_lens": True}, CAREFUL
+    ),
+    "lengths-choice": Variant(
+        "… which choose, but trust stays that of the match's own length",
+        LENGTHS | {"select_trust": False},
+        CAREFUL,
+    ),
+    "lengths-choice-lens": Variant(
+        "… which choose, with the model's logits, but trust stays",
+        LENGTHS | {"select_trust": False, "select_lens": True},
+        CAREFUL,
+    ),
+    "lengths-choice-surplus": Variant(
+        "… which choose, taught by the surplus, but trust stays",
+        LENGTHS | {"select_trust": False},
+        SURPLUS,
+    ),
+    "lengths-choice-surplus-lens": Variant(
+        "… which choose, taught by the surplus, with the model's logits, but trust stays",
+        LENGTHS | {"select_trust": False, "select_lens": True},
+        SURPLUS,
     ),
     "lengths-surplus": Variant("… taught by the surplus", LENGTHS, SURPLUS),
     "lengths-surplus-lens": Variant(
@@ -186,32 +207,36 @@ VARIANTS: dict[str, Variant] = {
         SURPLUS,
     ),
     "lengths-surplus-light": Variant(
-        "… taught by a tenth of the surplus", LENGTHS, SURPLUS | {"address_weight": 0.1}
+        "… taught by a thirtieth of the surplus",
+        LENGTHS | {"select_lens": True},
+        SURPLUS | {"address_weight": 1 / 30},
     ),
-    "lengths-surplus-only": Variant(
-        "… taught by the surplus alone", LENGTHS | {"select_credit": False}, SURPLUS
-    ),
-    "lengths-surplus-only-lens": Variant(
-        "… taught by the surplus alone, with the model's logits",
-        LENGTHS | {"select_credit": False, "select_lens": True},
+    "lengths-surplus-first": Variant(
+        "… taught by the surplus for 60 steps before anything else trains",
+        LENGTHS | {"select_lens": True},
         SURPLUS,
+        teach_first=60,
     ),
-    "lengths-next": Variant("… taught by next tokens", LENGTHS, CHOSEN),
+    "lengths-next": Variant(
+        "… taught by next tokens, with the model's logits",
+        LENGTHS | {"select_lens": True},
+        SURPLUS | {"address_loss": "next_token"},
+    ),
     "lengths-trust": Variant(
         "… with one candidate of each group: trust alone is learned",
         LENGTHS | {"far_candidates": 1},
-        UNTAUGHT,
+        CAREFUL,
     ),
     "lengths-trust-surplus": Variant(
         "… with one candidate of each group, taught by the surplus",
-        LENGTHS | {"far_candidates": 1},
+        LENGTHS | {"far_candidates": 1, "select_lens": True},
         SURPLUS,
     ),
     "lengths-far8": Variant(
-        "… with eight candidates beyond the window", LENGTHS | {"far_candidates": 8}, UNTAUGHT
+        "… with eight candidates beyond the window", LENGTHS | {"far_candidates": 8}, CAREFUL
     ),
     "lengths-near4": Variant(
-        "… with four candidates of each group", LENGTHS | {"address_candidates": 4}, UNTAUGHT
+        "… with four candidates of each group", LENGTHS | {"address_candidates": 4}, CAREFUL
     ),
     "lengths-frozen": Variant("… not trained", LENGTHS, FROZEN),
     "ceiling": Variant("full attention, own value", TOKEN | {"retrieve": False, "window": None}),

@@ -48,10 +48,11 @@ def text(length=90, kinds=4, batch=2):
 
 @pytest.mark.parametrize("near, far", [(1, 1), (1, 4), (3, 2), (4, 0)])
 @pytest.mark.parametrize("routes", [12, 7])
-def test_starts_as_the_fixed_match_with_tiers(near, far, routes):
+@pytest.mark.parametrize("trust", [True, False])
+def test_starts_as_the_fixed_match_with_tiers(near, far, routes, trust):
     """Whatever else there is to choose, at the start the first of each group is read."""
     ids = text()
-    chosen = adapter_of(near, far, routes, select=5)
+    chosen = adapter_of(near, far, routes, select=5, select_trust=trust)
     fixed = adapter_of(1, 1 if far else 0, routes)
     fixed.load_state_dict(chosen.state_dict(), strict=False)
     u = torch.randn(2, 90, 24)
@@ -91,9 +92,10 @@ def learned(**options):
     return adapter
 
 
-def test_lengths_and_reads_follow_the_formula():
+@pytest.mark.parametrize("trust", [True, False])
+def test_lengths_and_reads_follow_the_formula(trust):
     ids = text(batch=1)
-    adapter = learned()
+    adapter = learned(select_trust=trust)
     chosen = adapter.selection
     u = torch.randn(1, 90, 24)
     context = context_of(ids, 2, 3)
@@ -112,8 +114,8 @@ def test_lengths_and_reads_follow_the_formula():
             bucket = int(2 * torch.log2(torch.tensor(float(length))) + 1e-4)
             octave = int(torch.log2(torch.tensor(float(max(i - p, 1)))))
             tables = chosen.length_score[bucket] + chosen.distance_score[octave]
-            trust = chosen.null.weight[int(c >= 2)] @ u[0, i]
-            delta = dot / w**0.5 + 10 * (tables + chosen.rank_score[c]) + trust
+            shared = chosen.null.weight[int(c >= 2)] @ u[0, i] / 24**0.5
+            delta = dot / w**0.5 + 10 * (tables + chosen.rank_score[c]) + shared
             e.append(float(torch.log2(torch.tensor(float(length))) + delta.detach()))
         torch.testing.assert_close(octaves[0, i], torch.tensor(e), atol=1e-4, rtol=1e-4)
         for r in range(12):
@@ -121,6 +123,8 @@ def test_lengths_and_reads_follow_the_formula():
             tier = TIERS[r // 2 % 4]
             best = max(group, key=lambda c: e[c])
             read = e[best] >= torch.log2(torch.tensor(tier - 0.5))
+            if not trust:
+                read = int(found.length[0, best, i]) >= tier
             expected = int(found.position[0, best, i]) if read else -1
             assert int(match.position[0, r, i]) == expected
             seen.add((best, bool(read)))
@@ -128,11 +132,12 @@ def test_lengths_and_reads_follow_the_formula():
     assert torch.equal(match.position >= 0, match.length > 0)
 
 
-def test_credit_is_the_gradient_of_the_expected_read():
-    """Each tier competes as reading nothing; forward is the hard read."""
+@pytest.mark.parametrize("trust", [True, False])
+def test_credit_is_the_gradient_of_the_expected_read(trust):
+    """With trust each tier competes as reading nothing; forward is the hard read."""
     ids = text(batch=1)
     u, weight = torch.randn(1, 90, 24), torch.randn(1, 90, 24)
-    adapter = learned(routes=7)
+    adapter = learned(routes=7, select_trust=trust)
     context = context_of(ids, 2, 3)
     (adapter(u, context) * weight).sum().backward()
     names = dict(adapter.selection.named_parameters())
@@ -145,17 +150,21 @@ def test_credit_is_the_gradient_of_the_expected_read():
     for r in range(7):
         group = [0, 1] if r % 2 == 0 else [2, 3, 4]
         least = torch.full_like(octaves[0, :, :1], TIERS[r // 2 % 4] - 0.5).log2()
-        share = torch.cat([octaves[0][:, group], least], 1).softmax(1)
+        share = torch.cat([octaves[0][:, group], least], 1)
+        share = (share if trust else share[:, :-1]).softmax(1).nan_to_num()
         part = 0
         for place, c in enumerate(group):
             p = found.position[0, c]
+            if not trust:
+                p = p.masked_fill(found.length[0, c] < TIERS[r // 2 % 4], -1)
             value = bit[0, p.clamp(min=0).long(), 2 * r : 2 * r + 2]
             part = part + share[:, place, None] * torch.where(p[:, None] >= 0, value, 0.0)
         soft.append(part)
     (adapter.o_proj(torch.cat(soft, 1)[None]) * weight).sum().backward()
     for name, grad in got.items():
         torch.testing.assert_close(names[name].grad, grad, atol=2e-4, rtol=1e-3)
-        assert grad.abs().sum() > 0
+        # What all candidates of a group share cannot change which of them is read.
+        assert (grad.abs().sum() > 1e-3) == (trust or name != "null.weight")
 
 
 def test_a_lens_starts_silent_and_learns():
@@ -241,6 +250,7 @@ def test_learns_to_read_a_shorter_match_that_is_right():
     [
         ({"select": 4, "select_tiers": (0.5,), "length_tiers": (1, 2)}, "one of them"),
         ({"select": 4, "length_tiers": (0, 2)}, "minimal lengths"),
+        ({"select": 4, "select_trust": False}, "select_trust=False"),
         ({"candidates": 2, "far_candidates": 3}, "far_candidates=3"),
     ],
 )

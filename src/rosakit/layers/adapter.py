@@ -84,6 +84,8 @@ class RosaAdapter(nn.Module):
         select_tiers: shares of the chosen candidate that the routes ask for in turn; () for none.
         select_credit: the choice learns from what each candidate would do to the output as well,
             straight through the hard read; False leaves it to an address loss.
+        select_trust: with `select` and `length_tiers`: tiers ask for the learned length; False for
+            the match's own.
         select_lens: the choice also sees the logit that the model itself would give each
             candidate's token, as far as the layer's input knows it; it needs
             `RosaContext.output_rows`.
@@ -131,6 +133,7 @@ class RosaAdapter(nn.Module):
         select: int = 0,
         select_tiers: Sequence[float] = (),
         select_credit: bool = True,
+        select_trust: bool = True,
         select_lens: bool = False,
         hash_orders: Sequence[int] = (1, 2, 3, 4),
         hash_refine: bool = False,
@@ -179,6 +182,7 @@ class RosaAdapter(nn.Module):
             length_tiers=length_tiers,
             select=select,
             select_tiers=select_tiers,
+            select_trust=select_trust,
             select_lens=select_lens,
             hash_orders=hash_orders,
             hash_refine=hash_refine,
@@ -235,7 +239,13 @@ class RosaAdapter(nn.Module):
             near = candidates - far_candidates
             groups = tuple(size for size in (near, far_candidates) if size)
             self.selection = LengthSelection(
-                hidden_size, select, groups, length_tiers, lens=select_lens, **options
+                hidden_size,
+                select,
+                groups,
+                length_tiers,
+                trust=select_trust,
+                lens=select_lens,
+                **options,
             )
         elif select:
             self.selection = Selection(

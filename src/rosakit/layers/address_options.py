@@ -20,6 +20,7 @@ def check_address_options(
     length_tiers: Sequence[int],
     select: int,
     select_tiers: Sequence[float],
+    select_trust: bool,
     select_lens: bool,
     hash_orders: Sequence[int],
     hash_refine: bool,
@@ -31,8 +32,8 @@ def check_address_options(
     Args:
         address: "learned", "token" or "hash".
         learned: whether the addresses have trained projections.
-        shared_qk, candidates, far_candidates, length_tiers, select, select_tiers, select_lens,
-            hash_orders, hash_refine, hash_scale, credit_margin: as in
+        shared_qk, candidates, far_candidates, length_tiers, select, select_tiers, select_trust,
+            select_lens, hash_orders, hash_refine, hash_scale, credit_margin: as in
             `rosakit.layers.RosaAdapter`.
 
     Raises:
@@ -67,6 +68,11 @@ def check_address_options(
         raise InvalidInputError(
             f"select_tiers={tuple(select_tiers)} ask for shares and "
             f"length_tiers={tuple(length_tiers)} for learned lengths; use one of them"
+        )
+    if not select_trust and not (select and length_tiers):
+        raise InvalidInputError(
+            "select_trust=False keeps length tiers apart from learned lengths; set select and "
+            "length_tiers, or leave it at True"
         )
     if select_lens and not select:
         raise InvalidInputError(

@@ -15,6 +15,9 @@ The read is hard. Its gradient is that of the expectation over a softmax in nats
 tier competes as reading nothing:
 
     share_t(c) = softmax over {e(i, 1), ..., e(i, K), log2(t - 1/2)}
+
+Without trust the tiers ask for the match's own length instead: then learning says which candidate
+is read, and never whether it is long enough.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ class LengthSelection(Selection):
         groups: candidates of each group, in the order in which they come; route ``r`` reads the
             choice of group ``r mod G``.
         tiers: minimal lengths that the routes of each group take in turn.
+        trust: tiers ask for the corrected length; False for the match's own.
         lens: correct by the model's own logits of the candidates' tokens as well.
         device: where the parameters live.
         dtype: their type.
@@ -63,6 +67,7 @@ class LengthSelection(Selection):
         groups: Sequence[int],
         tiers: Sequence[int],
         *,
+        trust: bool = True,
         lens: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -72,7 +77,7 @@ class LengthSelection(Selection):
                 "learned lengths need groups of at least one candidate and minimal lengths of at "
                 f"least 1; got {tuple(groups)} and {tuple(tiers)}"
             )
-        self.groups, self.lengths = tuple(groups), tuple(tiers)
+        self.groups, self.lengths, self.trust = tuple(groups), tuple(tiers), trust
         super().__init__(
             hidden_size,
             width,
@@ -115,12 +120,13 @@ class LengthSelection(Selection):
             assert rows is not None
             assert self.lens_weight is not None
             delta = delta + self.pace * self.lens_weight.float() * self.lens(u, rows)
-        trust = self.null(u).float().transpose(1, 2)  # [B, G, T]
+        # One for all candidates of a group. Scaled, so that a step moves it as far as a table.
+        shared = self.null(u).float().transpose(1, 2) / u.shape[-1] ** 0.5  # [B, G, T]
         delta = delta + torch.cat(
-            [trust[:, g : g + 1].expand(-1, size, -1) for g, size in enumerate(self.groups)],
+            [shared[:, g : g + 1].expand(-1, size, -1) for g, size in enumerate(self.groups)],
             1,
         )
-        octaves = torch.log2(found.length.clamp(min=1).float()) + delta
+        octaves = _octaves(found.length) + delta
         return octaves.masked_fill(found.position < 0, -torch.inf).transpose(1, 2)
 
     def choose(
@@ -140,7 +146,8 @@ class LengthSelection(Selection):
             rank = (best.indices + begin)[:, None]
             position, length = found.position.gather(1, rank), found.length.gather(1, rank)
             # Compared with Python numbers: a tensor of tiers would be a copy to the GPU.
-            refused = torch.stack([best.values < _least(tier) for tier in self.lengths], 1)
+            octaves = best.values if self.trust else _octaves(length[:, 0])
+            refused = torch.stack([octaves < _least(tier) for tier in self.lengths], 1)
             refused = refused | (position < 0)
             chosen.append(
                 (
@@ -169,23 +176,32 @@ class LengthSelection(Selection):
         for size in self.groups:
             octaves = log_share[..., begin : begin + size]
             begin += size
+            if not self.trust:
+                shares.append(octaves.softmax(-1).nan_to_num()[..., None, :])
+                continue
             nothing = torch.stack(
                 [torch.full_like(octaves[..., :1], _least(tier)) for tier in self.lengths], -2
             )
             octaves = octaves[..., None, :].expand(-1, -1, tiers, -1)
             shares.append(torch.cat([octaves, nothing], -1).softmax(-1))  # [B, T, N, size + 1]
+        turns = -(-routes // (count * tiers))
         for rank in range(max(self.groups)):
             positions, parts, begin = [], [], 0
             for size, share in zip(self.groups, shares, strict=True):
                 place = begin + min(rank, size - 1)
                 begin += size
-                positions.append(found.position[:, place])
-                parts.append(share[..., rank] if rank < size else torch.zeros_like(share[..., 0]))
-            turns = -(-routes // count)
-            position = torch.stack(positions, 1).repeat(1, turns, 1)[:, :routes]
-            part = torch.stack(parts, -1).flatten(2)  # [B, T, N G], tier first
-            turns = -(-routes // (count * tiers))
-            yield position, part.repeat(1, 1, turns)[..., :routes]
+                position = found.position[:, place, None].expand(-1, tiers, -1)
+                if not self.trust:
+                    octaves = _octaves(found.length[:, place])
+                    short = [octaves < _least(tier) for tier in self.lengths]
+                    position = position.masked_fill(torch.stack(short, 1), NO_MATCH)
+                positions.append(position)
+                part = share[..., rank] if rank < size else torch.zeros_like(share[..., 0])
+                parts.append(part.expand(-1, -1, tiers))
+            # Route r: group r mod G, tier r // G mod N.
+            read = torch.stack(positions, 2).flatten(1, 2).repeat(1, turns, 1)[:, :routes]
+            part = torch.stack(parts, -1).flatten(2).repeat(1, 1, turns)[..., :routes]
+            yield read, part
 
     def loss(
         self,
@@ -207,6 +223,10 @@ class LengthSelection(Selection):
                 shares, position[:, part], input_ids, segment_starts=segment_starts, known=known
             )
         return total / len(self.groups)
+
+
+def _octaves(length: Tensor) -> Tensor:
+    return torch.log2(length.clamp(min=1).float())
 
 
 def _least(tier: int) -> float:

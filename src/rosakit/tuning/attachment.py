@@ -185,6 +185,7 @@ def _adapters(
             select=config.select,
             select_tiers=config.select_tiers,
             select_credit=config.select_credit,
+            select_trust=config.select_trust,
             select_lens=config.select_lens,
             hash_orders=config.hash_orders,
             hash_refine=config.hash_refine,

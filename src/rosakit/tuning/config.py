@@ -144,6 +144,10 @@ class RosaConfig:
         "Learned choice: it learns from the language-model loss as well, straight through the hard "
         "read; false leaves it to the address loss.",
     )
+    select_trust: bool = option(
+        True,
+        "Learned lengths: length tiers ask for the learned length; false for the match's own.",
+    )
     select_lens: bool = option(
         False,
         "Learned choice: score candidates by the model's own logits of their tokens as well, as "
@@ -216,6 +220,7 @@ class RosaConfig:
             length_tiers=self.length_tiers,
             select=self.select,
             select_tiers=self.select_tiers,
+            select_trust=self.select_trust,
             select_lens=self.select_lens,
             hash_orders=self.hash_orders,
             hash_refine=self.hash_refine,
