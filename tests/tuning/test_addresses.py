@@ -316,6 +316,19 @@ def test_address_losses_that_teach_nobody_are_refused(rosa, message):
         TuneConfig(rosa=RosaConfig(**rosa), address_loss="teacher")
 
 
+def test_losses_and_options_of_a_choice_need_one():
+    with pytest.raises(InvalidInputError, match="set select"):
+        TuneConfig(rosa=RosaConfig(), address_loss="surplus")
+    chosen = RosaConfig(address="token", select=4)
+    with pytest.raises(InvalidInputError, match="'next_token' or 'surplus'"):
+        TuneConfig(rosa=chosen, address_loss="teacher")
+    assert TuneConfig(rosa=chosen, address_loss="surplus").address_loss == "surplus"
+    with pytest.raises(InvalidInputError, match="'surplus' or 'teacher'"):
+        AddressTeacher("next", 4)
+    with pytest.raises(InvalidInputError, match="set far_distance"):
+        RosaConfig(address="token", far_candidates=2)
+
+
 # Health while tuning.
 
 

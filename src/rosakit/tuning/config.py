@@ -211,6 +211,16 @@ class RosaConfig:
                 "RosaConfig.counterfactual_stride and estimator_options['stride'] say the same; "
                 "give one of them"
             )
+        if self.far_distance is not None and self.address != "token":
+            raise InvalidInputError(
+                f"RosaConfig.far_distance={self.far_distance} adds a candidate to token matches; "
+                "use address='token', or leave it at none"
+            )
+        if self.far_candidates > 1 and self.far_distance is None:
+            raise InvalidInputError(
+                f"RosaConfig.far_candidates={self.far_candidates} lie beyond far_distance and "
+                "there is none; set far_distance, or leave far_candidates at 1"
+            )
         check_address_options(
             self.address,
             learned=self.learns_address,
@@ -227,16 +237,6 @@ class RosaConfig:
             hash_scale=self.hash_scale,
             credit_margin=self.credit_margin,
         )
-        if self.far_distance is not None and self.address != "token":
-            raise InvalidInputError(
-                f"RosaConfig.far_distance={self.far_distance} adds a candidate to token matches; "
-                "use address='token', or leave it at none"
-            )
-        if self.far_candidates > 1 and self.far_distance is None:
-            raise InvalidInputError(
-                f"RosaConfig.far_candidates={self.far_candidates} lie beyond far_distance and "
-                "there is none; set far_distance, or leave far_candidates at 1"
-            )
         if self.backend == "pipeline" and self.estimator != "counterfactual":
             raise InvalidInputError(
                 "RosaConfig.backend='pipeline' serves estimator='counterfactual', not "
