@@ -57,7 +57,7 @@ LENGTHS: dict[str, Any] = {
     "select": 64,
 }
 CAREFUL = {"qk_lr_scale": 0.3}
-SURPLUS = {"qk_lr_scale": 0.3, "address_weight": 1.0, "address_loss": "surplus"}
+SURPLUS = {"qk_lr_scale": 0.1, "address_weight": 1.0, "address_loss": "surplus"}
 CHOSEN = {"qk_lr_scale": 1.0, "address_weight": 1.0, "address_loss": "next_token"}
 UNTAUGHT = {"qk_lr_scale": 1.0}
 FROZEN = {"qk_lr_scale": 0.0}

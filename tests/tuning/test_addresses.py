@@ -270,7 +270,7 @@ def surplus_of(model, ids):
                 right = sum(
                     w for w, p in zip(weights, position, strict=True) if ids[b, p] == ids[b, i + 1]
                 )
-                nothing = math.exp(0.6)
+                nothing = math.exp(3.0)
                 share = (right + nothing * float(known[b, i])) / (sum(weights) + nothing)
                 nats.append(-math.log(share))
         losses.append(sum(nats) / len(nats))

@@ -35,9 +35,9 @@ __all__ = ["LengthSelection"]
 
 _RANK_STEP = 0.2
 """Octaves between candidates of equal length at the start, so that the latest wins."""
-_NOTHING = 0.6
-"""Octaves where an exact match of source code starts to be right more often than wrong: where the
-score of reading nothing starts, which teaching compares candidates with."""
+_NOTHING = 3.0
+"""Octaves where the score of reading nothing starts, which teaching compares candidates with: near
+where the surplus of source code has it, so that teaching does not begin by shifting all lengths."""
 
 
 class LengthSelection(Selection):
