@@ -56,8 +56,9 @@ LENGTHS: dict[str, Any] = {
     "length_tiers": TIERS,
     "select": 64,
 }
-CAREFUL = {"qk_lr_scale": 0.3}
-SURPLUS = {"qk_lr_scale": 0.1, "address_weight": 1.0, "address_loss": "surplus"}
+THIRD = {"qk_lr_scale": 0.3}
+TENTH = {"qk_lr_scale": 0.1}
+SURPLUS = {"qk_lr_scale": 1.0, "address_weight": 1.0, "address_loss": "surplus"}
 CHOSEN = {"qk_lr_scale": 1.0, "address_weight": 1.0, "address_loss": "next_token"}
 UNTAUGHT = {"qk_lr_scale": 1.0}
 FROZEN = {"qk_lr_scale": 0.0}
@@ -174,71 +175,59 @@ VARIANTS: dict[str, Variant] = {
         SELECT | {"address_candidates": 1, "far_distance": None},
         CHOSEN,
     ),
-    "lengths": Variant("as `token-far-tiers`, and learned lengths choose", LENGTHS, CAREFUL),
-    "lengths-slow": Variant("… at 0.1 of the rate", LENGTHS, {"qk_lr_scale": 0.1}),
-    "lengths-fast": Variant("… at the full rate", LENGTHS, UNTAUGHT),
-    "lengths-lens": Variant(
-        "… with the model's logits of the candidates", LENGTHS | {"select_lens": True}, CAREFUL
+    "lengths": Variant(
+        "… and learned lengths choose (trained by the loss alone)", LENGTHS, UNTAUGHT
     ),
-    "lengths-choice": Variant(
-        "… which choose, but trust stays that of the match's own length",
-        LENGTHS | {"select_trust": False},
-        CAREFUL,
+    "lengths-own": Variant(
+        "… same choice and tiers, but the own value is read", LENGTHS, UNTAUGHT, reads="own"
     ),
-    "lengths-choice-lens": Variant(
-        "… which choose, with the model's logits, but trust stays",
-        LENGTHS | {"select_trust": False, "select_lens": True},
-        CAREFUL,
-    ),
-    "lengths-choice-surplus": Variant(
-        "… which choose, taught by the surplus, but trust stays",
-        LENGTHS | {"select_trust": False},
-        SURPLUS,
-    ),
-    "lengths-choice-surplus-lens": Variant(
-        "… which choose, taught by the surplus, with the model's logits, but trust stays",
-        LENGTHS | {"select_trust": False, "select_lens": True},
-        SURPLUS,
-    ),
-    "lengths-surplus": Variant("… taught by the surplus", LENGTHS, SURPLUS),
-    "lengths-surplus-lens": Variant(
-        "… taught by the surplus, with the model's logits",
-        LENGTHS | {"select_lens": True},
-        SURPLUS,
-    ),
-    "lengths-surplus-light": Variant(
-        "… taught by a thirtieth of the surplus",
-        LENGTHS | {"select_lens": True},
-        SURPLUS | {"address_weight": 1 / 30},
-    ),
-    "lengths-surplus-first": Variant(
-        "… taught by the surplus for 60 steps before anything else trains",
-        LENGTHS | {"select_lens": True},
-        SURPLUS,
-        teach_first=60,
-    ),
-    "lengths-next": Variant(
-        "… taught by next tokens, with the model's logits",
-        LENGTHS | {"select_lens": True},
-        SURPLUS | {"address_loss": "next_token"},
+    "lengths-random": Variant(
+        "… same choice and tiers, but any earlier value is read", LENGTHS, UNTAUGHT, reads="random"
     ),
     "lengths-trust": Variant(
         "… with one candidate of each group: trust alone is learned",
         LENGTHS | {"far_candidates": 1},
-        CAREFUL,
+        UNTAUGHT,
     ),
-    "lengths-trust-surplus": Variant(
-        "… with one candidate of each group, taught by the surplus",
-        LENGTHS | {"far_candidates": 1, "select_lens": True},
-        SURPLUS,
+    "lengths-choice": Variant(
+        "… tiers ask for the match's own length: the choice alone is learned",
+        LENGTHS | {"select_trust": False},
+        UNTAUGHT,
     ),
-    "lengths-far8": Variant(
-        "… with eight candidates beyond the window", LENGTHS | {"far_candidates": 8}, CAREFUL
+    "lengths-surplus": Variant("… taught by the surplus as well", LENGTHS, SURPLUS),
+    "lengths-fast": Variant("… at three times the rate", LENGTHS, {"qk_lr_scale": 3.0}),
+    "lengths-frozen": Variant("… not trained: `token-far-tiers` again", LENGTHS, FROZEN),
+    "lengths-third": Variant("… at 0.3 of the rate", LENGTHS, THIRD),
+    "lengths-third-trust": Variant(
+        "… at 0.3 of the rate, trust alone", LENGTHS | {"far_candidates": 1}, THIRD
     ),
-    "lengths-near4": Variant(
-        "… with four candidates of each group", LENGTHS | {"address_candidates": 4}, CAREFUL
+    "lengths-third-choice": Variant(
+        "… at 0.3 of the rate, the choice alone", LENGTHS | {"select_trust": False}, THIRD
     ),
-    "lengths-frozen": Variant("… not trained", LENGTHS, FROZEN),
+    "lengths-third-lens": Variant(
+        "… at 0.3 of the rate, with the model's logits of the candidates",
+        LENGTHS | {"select_lens": True},
+        THIRD,
+    ),
+    "lengths-third-far8": Variant(
+        "… at 0.3 of the rate, eight candidates beyond the window",
+        LENGTHS | {"far_candidates": 8},
+        THIRD,
+    ),
+    "lengths-tenth": Variant("… at 0.1 of the rate", LENGTHS, TENTH),
+    "lengths-tenth-surplus": Variant(
+        "… at 0.1 of the rate, taught by the surplus", LENGTHS, SURPLUS | TENTH
+    ),
+    "lengths-tenth-surplus-lens": Variant(
+        "… at 0.1 of the rate, taught by the surplus, with the model's logits",
+        LENGTHS | {"select_lens": True},
+        SURPLUS | TENTH,
+    ),
+    "lengths-tenth-surplus-choice": Variant(
+        "… at 0.1 of the rate, taught by the surplus, the choice alone",
+        LENGTHS | {"select_trust": False},
+        SURPLUS | TENTH,
+    ),
     "ceiling": Variant("full attention, own value", TOKEN | {"retrieve": False, "window": None}),
 }
 
