@@ -129,6 +129,7 @@ def train_variant(
         "log": log,
         "after": measure_health(model, heldout, plan, reads),
         "heldout": measure_nats(model, head, heldout),
+        "learned": learned_tables(model),
         "seconds": round(time.time() - began, 1),
     }
     atomic_write(output, json.dumps(result, indent=1) + "\n")
@@ -166,6 +167,23 @@ def teach_first(
         teacher.loss(model, contexts[-1], inputs).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def learned_tables(model: Any) -> dict[str, dict[str, list[float]]]:
+    """What the selections of each layer add for lengths (half octaves) and distances (octaves)."""
+    return {
+        str(index): {
+            name: (chosen.pace * table.float()).tolist()
+            for name, table in (
+                ("length", chosen.length_score),
+                ("distance", chosen.distance_score),
+                ("rank", chosen.rank_score),
+            )
+        }
+        for index, adapter in adapters_of(model).items()
+        if (chosen := adapter.selection) is not None
+    }
 
 
 @torch.no_grad()
