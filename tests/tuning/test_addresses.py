@@ -66,6 +66,14 @@ KINDS = {
         "select": 6,
         "select_lens": True,
     },
+    "lengths_choice": {
+        "address": "token",
+        "far_distance": 5,
+        "far_candidates": 3,
+        "length_tiers": (1, 2, 3),
+        "select": 6,
+        "select_trust": False,
+    },
     "far_several": {"address": "token", "far_distance": 5, "far_candidates": 4},
     "with_route": {"address": "token", "far_distance": 5, "token_route": True},
 }
