@@ -38,6 +38,9 @@ def main() -> None:
         choices=list(VARIANTS),
         help="variants that come after the others, time permitting",
     )
+    parser.add_argument(
+        "--extra-seeds", type=int, nargs="*", default=[], help="seeds of extras; none for all"
+    )
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--heldout", type=int, default=96, help="held-out blocks")
@@ -106,8 +109,11 @@ def runs_of(options: argparse.Namespace) -> list[tuple[str, int]]:
     """Variants and seeds in the order of their importance."""
     return [
         (name, seed)
-        for names in (options.variants, options.extras)
-        for seed in options.seeds
+        for names, seeds in (
+            (options.variants, options.seeds),
+            (options.extras, options.extra_seeds or options.seeds),
+        )
+        for seed in seeds
         for name in names
     ]
 

@@ -15,7 +15,15 @@ from typing import Any
 
 from benchmarks.addresses.variants import VARIANTS
 
-HEALTH = ("next_token", "key_token", "beyond_window", "match_rate", "match_length", "entropy")
+HEALTH = (
+    "next_token",
+    "key_token",
+    "beyond_window",
+    "match_rate",
+    "match_length",
+    "entropy",
+    "changed",
+)
 
 
 def collect(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -49,6 +57,9 @@ def collect(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             row[kind] = spread(shares)
         for when in ("before", "after"):
             row[when] = health_of([run[when] for run in seeds.values() if run[when]])
+        learned = [run["learned"] for run in seeds.values() if run.get("learned")]
+        if learned:
+            row["learned"] = mean_tables(learned)
         rows.append(row)
     return rows
 
@@ -74,6 +85,18 @@ def spread(values: list[float]) -> dict[str, Any]:
         return {"mean": None, "sd": None, "values": []}
     sd = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "sd": sd, "values": values}
+
+
+def mean_tables(found: list[dict[str, dict[str, list[float]]]]) -> dict[str, list[float]]:
+    """What learning added to each length, distance and rank, averaged over seeds and layers."""
+    tables = [layer for run in found for layer in run.values()]
+    return {
+        name: [
+            round(statistics.fmean(column), 4)
+            for column in zip(*(t[name] for t in tables), strict=True)
+        ]
+        for name in tables[0]
+    }
 
 
 def health_of(found: list[dict[str, dict[str, float]]]) -> dict[str, list[float]]:

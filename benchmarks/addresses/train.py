@@ -49,6 +49,9 @@ class Plan(NamedTuple):
     backend: Literal["auto", "cpu"]
 
 
+Reads = dict[tuple[int, int], Tensor]
+
+
 class Text(NamedTuple):
     """Token ids ``[N, T]``, and who tells the model what enters its lowest layer for a row."""
 
@@ -69,16 +72,17 @@ def train_variant(
     device = next(model.parameters()).device
     head = Head(model.get_output_embeddings().weight, None)
     attach(model, rosa)
-    reads = VARIANTS[name].reads
-    if reads != "match":
+    kind = VARIANTS[name].reads
+    if kind != "match":
         for adapter in adapters_of(model).values():
-            misread(adapter, reads)
+            misread(adapter, kind)
     set_trainable(model)
     teacher = None
     if config.address_loss != "none":
         teacher = AddressTeacher(config.address_loss, config.address_samples)
     wrapped = LossModel(model, head, teacher=teacher, teacher_weight=config.address_weight)
     trained = [p for p in model.parameters() if p.requires_grad]
+    reads: Reads = {}
     result: dict[str, Any] = {
         "variant": name,
         "seed": seed,
@@ -86,9 +90,9 @@ def train_variant(
         "plan": plan._asdict(),
         "rosa": fields,
         "tune": dict(VARIANTS[name].tune),
-        "reads": reads,
+        "reads": kind,
         "parameters": sum(p.numel() for p in trained),
-        "before": measure_health(model, heldout, plan),
+        "before": measure_health(model, heldout, plan, reads),
     }
 
     steps = max(1, plan.tokens // (plan.batch * length))
@@ -102,7 +106,7 @@ def train_variant(
     if VARIANTS[name].teach_first:
         assert teacher is not None
         teach_first(model, teacher, train, order, plan, config, VARIANTS[name].teach_first)
-        result["taught"] = measure_health(model, heldout, plan)
+        result["taught"] = measure_health(model, heldout, plan, reads)
     started = time.time()
     for step in range(1, steps + 1):
         rows = order[torch.arange((step - 1) * plan.batch, step * plan.batch) % len(order)]
@@ -123,8 +127,9 @@ def train_variant(
         "tokens": steps * plan.batch * length,
         "tokens_a_second": round(steps * plan.batch * length / seconds),
         "log": log,
-        "after": measure_health(model, heldout, plan),
+        "after": measure_health(model, heldout, plan, reads),
         "heldout": measure_nats(model, head, heldout),
+        "learned": learned_tables(model),
         "seconds": round(time.time() - began, 1),
     }
     atomic_write(output, json.dumps(result, indent=1) + "\n")
@@ -165,6 +170,23 @@ def teach_first(
 
 
 @torch.no_grad()
+def learned_tables(model: Any) -> dict[str, dict[str, list[float]]]:
+    """What the selections of each layer add for lengths (half octaves) and distances (octaves)."""
+    return {
+        str(index): {
+            name: (chosen.pace * table.float()).tolist()
+            for name, table in (
+                ("length", chosen.length_score),
+                ("distance", chosen.distance_score),
+                ("rank", chosen.rank_score),
+            )
+        }
+        for index, adapter in adapters_of(model).items()
+        if (chosen := adapter.selection) is not None
+    }
+
+
+@torch.no_grad()
 def measure_nats(model: Any, head: Head, text: Text) -> dict[str, float]:
     """Held-out nats a token by position: tokens before the predicted one."""
     length = text.ids.shape[1]
@@ -184,8 +206,15 @@ def measure_nats(model: Any, head: Head, text: Text) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure_health(model: Any, text: Text, plan: Plan, rows: int = 3) -> dict[str, Any]:
-    """What each layer's matches point at on held-out text, and the entropy of its symbols."""
+def measure_health(
+    model: Any, text: Text, plan: Plan, reads: Reads, rows: int = 3
+) -> dict[str, Any]:
+    """What each layer's matches point at on held-out text, and the entropy of its symbols.
+
+    Args:
+        reads: positions read by row and layer when this was first called, which `changed` compares
+            with: the share of routes and positions that read elsewhere, or nothing, by now.
+    """
     adapters = adapters_of(model)
     if not any(adapter.retrieve for adapter in adapters.values()):
         return {}
@@ -198,6 +227,9 @@ def measure_health(model: Any, text: Text, plan: Plan, rows: int = 3) -> dict[st
             decoder_of(model)(input_ids=ids, use_cache=False)
         for index in contexts[-1].matches:
             values, _ = layer_health(adapters[index], contexts[-1], window=plan.window)
+            position = contexts[-1].matches[index].position.cpu()
+            first = reads.setdefault((row, index), position)
+            values["changed"] = float((position != first).float().mean())
             found.setdefault(index, []).append(values)
     return {
         str(index): {

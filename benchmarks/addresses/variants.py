@@ -49,6 +49,16 @@ SELECT: dict[str, Any] = {
     "select_tiers": (0.05, 0.2, 0.4, 0.6, 0.8, 0.95),
     "select_lens": True,
 }
+LENGTHS: dict[str, Any] = {
+    "address": "token",
+    "far_distance": 256,
+    "far_candidates": 4,
+    "length_tiers": TIERS,
+    "select": 64,
+}
+THIRD = {"qk_lr_scale": 0.3}
+TENTH = {"qk_lr_scale": 0.1}
+SURPLUS = {"qk_lr_scale": 1.0, "address_weight": 1.0, "address_loss": "surplus"}
 CHOSEN = {"qk_lr_scale": 1.0, "address_weight": 1.0, "address_loss": "next_token"}
 UNTAUGHT = {"qk_lr_scale": 1.0}
 FROZEN = {"qk_lr_scale": 0.0}
@@ -164,6 +174,59 @@ VARIANTS: dict[str, Variant] = {
         "learned choice whether to trust the token match, taught by next tokens",
         SELECT | {"address_candidates": 1, "far_distance": None},
         CHOSEN,
+    ),
+    "lengths": Variant(
+        "… and learned lengths choose (trained by the loss alone)", LENGTHS, UNTAUGHT
+    ),
+    "lengths-own": Variant(
+        "… same choice and tiers, but the own value is read", LENGTHS, UNTAUGHT, reads="own"
+    ),
+    "lengths-random": Variant(
+        "… same choice and tiers, but any earlier value is read", LENGTHS, UNTAUGHT, reads="random"
+    ),
+    "lengths-trust": Variant(
+        "… with one candidate of each group: trust alone is learned",
+        LENGTHS | {"far_candidates": 1},
+        UNTAUGHT,
+    ),
+    "lengths-choice": Variant(
+        "… tiers ask for the match's own length: the choice alone is learned",
+        LENGTHS | {"select_trust": False},
+        UNTAUGHT,
+    ),
+    "lengths-surplus": Variant("… taught by the surplus as well", LENGTHS, SURPLUS),
+    "lengths-fast": Variant("… at three times the rate", LENGTHS, {"qk_lr_scale": 3.0}),
+    "lengths-frozen": Variant("… not trained: `token-far-tiers` again", LENGTHS, FROZEN),
+    "lengths-third": Variant("… at 0.3 of the rate", LENGTHS, THIRD),
+    "lengths-third-trust": Variant(
+        "… at 0.3 of the rate, trust alone", LENGTHS | {"far_candidates": 1}, THIRD
+    ),
+    "lengths-third-choice": Variant(
+        "… at 0.3 of the rate, the choice alone", LENGTHS | {"select_trust": False}, THIRD
+    ),
+    "lengths-third-lens": Variant(
+        "… at 0.3 of the rate, with the model's logits of the candidates",
+        LENGTHS | {"select_lens": True},
+        THIRD,
+    ),
+    "lengths-third-far8": Variant(
+        "… at 0.3 of the rate, eight candidates beyond the window",
+        LENGTHS | {"far_candidates": 8},
+        THIRD,
+    ),
+    "lengths-tenth": Variant("… at 0.1 of the rate", LENGTHS, TENTH),
+    "lengths-tenth-surplus": Variant(
+        "… at 0.1 of the rate, taught by the surplus", LENGTHS, SURPLUS | TENTH
+    ),
+    "lengths-tenth-surplus-lens": Variant(
+        "… at 0.1 of the rate, taught by the surplus, with the model's logits",
+        LENGTHS | {"select_lens": True},
+        SURPLUS | TENTH,
+    ),
+    "lengths-tenth-surplus-choice": Variant(
+        "… at 0.1 of the rate, taught by the surplus, the choice alone",
+        LENGTHS | {"select_trust": False},
+        SURPLUS | TENTH,
     ),
     "ceiling": Variant("full attention, own value", TOKEN | {"retrieve": False, "window": None}),
 }

@@ -11,7 +11,7 @@ import torch
 from benchmarks.addresses.coverage import measure
 from benchmarks.addresses.halves import Given, compute_hidden, open_hidden, upper_half
 from benchmarks.addresses.misread import elsewhere, misread
-from benchmarks.addresses.table import collect, plot, render
+from benchmarks.addresses.table import collect, mean_tables, plot, render
 from benchmarks.addresses.train import Plan, Text, train_variant
 from benchmarks.addresses.variants import VARIANTS
 
@@ -93,6 +93,7 @@ def test_every_variant_trains_and_reports(tmp_path, name):
     assert 0 < found["heldout"]["0-90"] < 9
     retrieves = name not in ("control", "ceiling")
     assert set(found["after"]) == ({"0", "1"} if retrieves else set())
+    assert set(found["learned"]) == ({"0", "1"} if "select" in VARIANTS[name].rosa else set())
     after = upper.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
@@ -129,6 +130,15 @@ def test_the_table_compares_within_seeds(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5000
     with pytest.raises(SystemExit, match="different length"):
         collect([*runs, run("hash", 0, 2.0, 1.8) | {"tokens": 900}])
+
+
+def test_learned_tables_are_averaged_over_seeds_and_layers():
+    tables = [{"length": [1.0, 2.0]}, {"length": [3.0, 2.0]}, {"length": [5.0, 8.0]}]
+    found = [{"0": tables[0], "1": tables[1]}, {"0": tables[2]}]
+    assert mean_tables(found) == {"length": [3.0, 4.0]}
+    one = run("control", 0, 2.0, 1.8) | {"learned": found[0]}
+    (row,) = collect([one])
+    assert row["learned"] == {"length": [2.0, 2.0]}
 
 
 def test_coverage_counts_what_is_right():

@@ -216,7 +216,6 @@ def test_lens_without_a_whole_output_embedding_is_refused():
     "options, message",
     [
         ({"address": "learned", "select": 4}, "select=4"),
-        ({"address": "token", "select": 4, "length_tiers": (1, 2)}, "length_tiers"),
         ({"address": "token", "select_lens": True}, "select_lens"),
         ({"address": "token", "select_tiers": (0.5,)}, "select_tiers"),
         ({"address": "token", "select": 4, "select_tiers": (1.0,)}, "select_tiers"),

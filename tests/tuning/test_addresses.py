@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -17,6 +18,7 @@ from rosakit.tuning import (
     attach,
     load_adapter,
     load_session,
+    record_matches,
     retention,
     save_adapter,
     save_session,
@@ -25,7 +27,7 @@ from rosakit.tuning.attach import controller_of
 from rosakit.tuning.loss import LossModel, find_head
 from rosakit.tuning.modules import decoder_of
 from rosakit.tuning.stages import parameter_groups
-from rosakit.tuning.teaching import AddressTeacher
+from rosakit.tuning.teaching import AddressTeacher, known_log_probs
 from rosakit.tuning.train import tune
 from tests.tuning.test_cache import in_chunks
 from tests.tuning.texts import corpus, model, tokenizer
@@ -55,6 +57,24 @@ KINDS = {
         "select_tiers": (0.0, 0.25, 0.5),
         "select_lens": True,
     },
+    "lengths": {
+        "address": "token",
+        "address_candidates": 2,
+        "far_distance": 5,
+        "far_candidates": 3,
+        "length_tiers": (1, 2, 3),
+        "select": 6,
+        "select_lens": True,
+    },
+    "lengths_choice": {
+        "address": "token",
+        "far_distance": 5,
+        "far_candidates": 3,
+        "length_tiers": (1, 2, 3),
+        "select": 6,
+        "select_trust": False,
+    },
+    "far_several": {"address": "token", "far_distance": 5, "far_candidates": 4},
     "with_route": {"address": "token", "far_distance": 5, "token_route": True},
 }
 COMMON = {"own_value": True, "global_layers": (1,)}
@@ -135,8 +155,6 @@ def test_codes_need_token_ids():
 @torch.no_grad()
 def test_far_candidate_is_never_near():
     model = attached(address="token", far_distance=9)
-    from rosakit.tuning import record_matches
-
     with record_matches(model) as contexts:
         model(tokens(1, 60, kinds=3), use_cache=False)
     position = contexts[0].matches[0].position[0]
@@ -207,6 +225,67 @@ def test_the_address_loss_falls_when_trained():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("linear", [True, False])
+def test_the_surplus_is_counted_from_the_windowed_model_without_adapters(linear):
+    plain = build()
+    attach(plain, RosaConfig(window=9, sink_tokens=3, adapters=False))
+    ids = tokens(2, 50, kinds=6)
+    expected = plain(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    expected = expected.gather(-1, ids[:, 1:, None])[..., 0]
+    model = attached(**COMMON | {"global_layers": ()}, **KINDS["with_route"])
+    before = model(ids, use_cache=False).logits
+    got = known_log_probs(model, {"input_ids": ids, "use_cache": False}, linear=linear)
+    torch.testing.assert_close(got[:, :-1], expected)
+    assert torch.equal(model(ids, use_cache=False).logits, before)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_surplus_teaches_the_choice_and_nothing_else(checkpointing):
+    model, loss = taught("surplus", **KINDS["lengths"])
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = tokens(2, 60, kinds=4)
+    loss.observe = True
+    loss(input_ids=ids, labels=ids)["loss"].backward()
+    for adapter in adapters_of(model).values():
+        reached = {n for n, p in adapter.named_parameters() if p.grad is not None and p.grad.any()}
+        assert {"selection.query.weight", "selection.null_score"} <= reached
+        assert not any(name.startswith("projections.w_v") for name in reached)
+    # The mixture of what is read and what the untrained model knows.
+    assert loss.health["address_loss"] == pytest.approx(surplus_of(model, ids), rel=1e-4)
+
+
+@torch.no_grad()
+def surplus_of(model, ids):
+    """The loss at the start by its definition, from exact matches alone."""
+    known = known_log_probs(model, {"input_ids": ids, "use_cache": False}, linear=True).exp()
+    with record_matches(model) as contexts:
+        model(ids, use_cache=False)
+    found, losses = contexts[-1].token_match, []
+    for part, ranks in ((slice(0, 2), [0, 1]), (slice(2, 5), [0, 1, 2])):
+        nats = []
+        for b in range(ids.shape[0]):
+            for i in range(ids.shape[1] - 1):
+                position = found.position[b, part, i].tolist()
+                length = found.length[b, part, i].tolist()
+                if max(position) < 0:
+                    continue
+                weights = [  # lengths are compared in octaves, as nats
+                    math.exp(math.log2(n) - 0.2 * rank) if p >= 0 else 0.0
+                    for rank, n, p in zip(ranks, [max(n, 1) for n in length], position, strict=True)
+                ]
+                right = sum(
+                    w for w, p in zip(weights, position, strict=True) if ids[b, p] == ids[b, i + 1]
+                )
+                nothing = math.exp(3.0)
+                share = (right + nothing * float(known[b, i])) / (sum(weights) + nothing)
+                nats.append(-math.log(share))
+        losses.append(sum(nats) / len(nats))
+    return sum(losses) / 2
+
+
+@torch.no_grad()
 def test_the_teacher_is_the_plain_model_with_full_attention():
     """Its hidden states are those of the model before it was attached; adapters are silent."""
     plain = build()
@@ -243,6 +322,19 @@ def test_the_teacher_is_the_plain_model_with_full_attention():
 def test_address_losses_that_teach_nobody_are_refused(rosa, message):
     with pytest.raises(InvalidInputError, match=message):
         TuneConfig(rosa=RosaConfig(**rosa), address_loss="teacher")
+
+
+def test_losses_and_options_of_a_choice_need_one():
+    with pytest.raises(InvalidInputError, match="set select"):
+        TuneConfig(rosa=RosaConfig(), address_loss="surplus")
+    chosen = RosaConfig(address="token", select=4)
+    with pytest.raises(InvalidInputError, match="'next_token' or 'surplus'"):
+        TuneConfig(rosa=chosen, address_loss="teacher")
+    assert TuneConfig(rosa=chosen, address_loss="surplus").address_loss == "surplus"
+    with pytest.raises(InvalidInputError, match="'surplus' or 'teacher'"):
+        AddressTeacher("next", 4)
+    with pytest.raises(InvalidInputError, match="set far_distance"):
+        RosaConfig(address="token", far_candidates=2)
 
 
 # Health while tuning.

@@ -59,6 +59,13 @@ def test_a_windows_memory_does_not_grow_with_the_context():
         {"layers": (0, 2), "routes": 3},
         {"address": "token", "global_layers": (1,)},
         {"address": "token", "address_candidates": 2, "far_distance": 20, "select": 8},
+        {
+            "address": "token",
+            "far_distance": 20,
+            "far_candidates": 4,
+            "select": 8,
+            "length_tiers": (1, 2),
+        },
         {"window": None},
         {"routes": 2, "projection_rank": 3},
         {"routes": 2, "share_projections": True},

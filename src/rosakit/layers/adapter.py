@@ -14,6 +14,7 @@ from rosakit.layers.address_options import check_address_options
 from rosakit.layers.context import RosaContext
 from rosakit.layers.credit import credit_margin
 from rosakit.layers.hashing import code_channels, context_codes
+from rosakit.layers.learned_length import LengthSelection
 from rosakit.layers.projection import Projection, Projections
 from rosakit.layers.selection import Selection, candidate_rows, candidate_tokens
 from rosakit.layers.state import AdapterState
@@ -71,14 +72,20 @@ class RosaAdapter(nn.Module):
         shared_qk: one projection for queries and keys, which gets the sum of their gradients.
         candidates: "token" only: route ``r`` reads the successor of rank ``r % candidates`` among
             those that the forward pass found.
+        far_candidates: "token" only: how many of the candidates, the last ones, lie beyond a
+            distance.
         length_tiers: "token" and fixed "hash" only: minimal match lengths that the routes (of
             each candidate) take in turn, so that the output projection can tell long matches from
-            short ones; () for `min_length` everywhere.
+            short ones; () for `min_length` everywhere. With `select`, lengths are learned (see
+            `rosakit.layers.learned_length`) and routes take the far and the other candidates in
+            turn.
         select: "token" only: width of the learned products that choose among the candidates (see
             `rosakit.layers.selection`), for all routes alike; 0 deals candidates to routes by rank.
         select_tiers: shares of the chosen candidate that the routes ask for in turn; () for none.
         select_credit: the choice learns from what each candidate would do to the output as well,
             straight through the hard read; False leaves it to an address loss.
+        select_trust: with `select` and `length_tiers`: tiers ask for the learned length; False for
+            the match's own.
         select_lens: the choice also sees the logit that the model itself would give each
             candidate's token, as far as the layer's input knows it; it needs
             `RosaContext.output_rows`.
@@ -121,10 +128,12 @@ class RosaAdapter(nn.Module):
         tied_start: bool = True,
         shared_qk: bool = False,
         candidates: int = 1,
+        far_candidates: int = 0,
         length_tiers: Sequence[int] = (),
         select: int = 0,
         select_tiers: Sequence[float] = (),
         select_credit: bool = True,
+        select_trust: bool = True,
         select_lens: bool = False,
         hash_orders: Sequence[int] = (1, 2, 3, 4),
         hash_refine: bool = False,
@@ -169,9 +178,11 @@ class RosaAdapter(nn.Module):
             learned=self.learns_address,
             shared_qk=shared_qk,
             candidates=candidates,
+            far_candidates=far_candidates,
             length_tiers=length_tiers,
             select=select,
             select_tiers=select_tiers,
+            select_trust=select_trust,
             select_lens=select_lens,
             hash_orders=hash_orders,
             hash_refine=hash_refine,
@@ -223,13 +234,23 @@ class RosaAdapter(nn.Module):
         )
         self.alpha = nn.Parameter(torch.empty(1, **options)) if inject == "pre_attn" else None
         self.select_credit = select_credit
-        self.selection = (
-            Selection(
+        self.selection: Selection | None = None
+        if select and length_tiers:
+            near = candidates - far_candidates
+            groups = tuple(size for size in (near, far_candidates) if size)
+            self.selection = LengthSelection(
+                hidden_size,
+                select,
+                groups,
+                length_tiers,
+                trust=select_trust,
+                lens=select_lens,
+                **options,
+            )
+        elif select:
+            self.selection = Selection(
                 hidden_size, select, candidates, tuple(select_tiers), lens=select_lens, **options
             )
-            if select
-            else None
-        )
         self.reset_parameters()
 
     @property
@@ -370,7 +391,10 @@ class RosaAdapter(nn.Module):
         )
 
     def selection_shares(self, u: Tensor, context: RosaContext) -> tuple[Tensor, Match]:
-        """Log shares ``[B, T, K + 1]`` of a whole sequence's candidates, and the candidates."""
+        """What a whole sequence's selection says of its candidates, and the candidates.
+
+        Log shares ``[B, T, K + 1]``, or with length tiers learned lengths ``[B, T, K]``.
+        """
         assert self.selection is not None
         found = self._candidates(context)
         keys = self.selection.gather(self.selection.keys(u), found.position)
@@ -387,13 +411,13 @@ class RosaAdapter(nn.Module):
         y = self.read_at(v, match.position, self.e0, self.e1)
         if self.select_credit and log_share.requires_grad:
             # Straight through: the hard read forward, the expectation over the shares backward.
-            share = log_share.exp()
-            share = (share - share.detach()).to(v.dtype)
             fixed = v.detach(), self.e0.detach(), self.e1.detach()
-            for rank in range(self.selection.candidates):
-                position = found.position[:, rank : rank + 1].expand(-1, self.routes, -1)
+            for position, share in self.selection.expected_reads(log_share, found, self.routes):
                 value = self.read_at(fixed[0], position, *fixed[1:]).detach()
-                y = y + share[..., rank, None] * value
+                share = (share - share.detach()).to(v.dtype)
+                if share.shape[-1] > 1:
+                    share = share.repeat_interleave(self.bits, -1)
+                y = y + share * value
         return y, match
 
     def read_at(self, v: Tensor, position: Tensor, e0: Tensor, e1: Tensor) -> Tensor:

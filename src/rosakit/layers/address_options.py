@@ -16,9 +16,11 @@ def check_address_options(
     learned: bool,
     shared_qk: bool,
     candidates: int,
+    far_candidates: int,
     length_tiers: Sequence[int],
     select: int,
     select_tiers: Sequence[float],
+    select_trust: bool,
     select_lens: bool,
     hash_orders: Sequence[int],
     hash_refine: bool,
@@ -30,8 +32,9 @@ def check_address_options(
     Args:
         address: "learned", "token" or "hash".
         learned: whether the addresses have trained projections.
-        shared_qk, candidates, length_tiers, select, select_tiers, select_lens, hash_orders,
-            hash_refine, hash_scale, credit_margin: as in `rosakit.layers.RosaAdapter`.
+        shared_qk, candidates, far_candidates, length_tiers, select, select_tiers, select_trust,
+            select_lens, hash_orders, hash_refine, hash_scale, credit_margin: as in
+            `rosakit.layers.RosaAdapter`.
 
     Raises:
         InvalidInputError: says which option does not fit and what to use instead.
@@ -46,15 +49,30 @@ def check_address_options(
             f"length_tiers={tuple(length_tiers)} are minimal lengths (at least 1) of fixed "
             "matches; use address='token' or 'hash' without hash_refine, or min_length"
         )
-    if select < 0 or (select and (address != "token" or length_tiers)):
+    if not 0 <= far_candidates <= candidates:
+        raise InvalidInputError(
+            f"far_candidates={far_candidates} counts those of the candidates={candidates} beyond a "
+            "distance; use 0 to candidates"
+        )
+    if select < 0 or (select and address != "token"):
         raise InvalidInputError(
             f"select={select} is the width of a learned choice among token matches; use "
-            "address='token' without length_tiers (the choice sees lengths), or 0"
+            "address='token', or 0"
         )
     if any(not 0 <= share < 1 for share in select_tiers) or (select_tiers and not select):
         raise InvalidInputError(
             f"select_tiers={tuple(select_tiers)} are shares from 0 to below 1 that a learned "
             "choice has to reach; set select, or leave them empty"
+        )
+    if select_tiers and length_tiers:
+        raise InvalidInputError(
+            f"select_tiers={tuple(select_tiers)} ask for shares and "
+            f"length_tiers={tuple(length_tiers)} for learned lengths; use one of them"
+        )
+    if not select_trust and not (select and length_tiers):
+        raise InvalidInputError(
+            "select_trust=False keeps length tiers apart from learned lengths; set select and "
+            "length_tiers, or leave it at True"
         )
     if select_lens and not select:
         raise InvalidInputError(

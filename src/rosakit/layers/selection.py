@@ -17,6 +17,7 @@ projection sees how far a read can be trusted, as length tiers show it for fixed
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,12 +52,16 @@ class Selection(nn.Module):
         candidates: K.
         tiers: shares that the routes ask for in turn; () for reading everywhere.
         lens: score candidates by the model's own logits of their tokens as well.
+        groups: choices that are made apart from each other, each with a score of reading nothing.
         device: where the parameters live.
         dtype: their type.
 
     Raises:
         InvalidInputError: a width below 1, or tiers outside 0..1.
     """
+
+    pace = 1.0
+    """Factor of the tables: how much faster than a weight of a projection a score may learn."""
 
     def __init__(
         self,
@@ -66,6 +71,7 @@ class Selection(nn.Module):
         tiers: tuple[float, ...] = (),
         *,
         lens: bool = False,
+        groups: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -78,7 +84,7 @@ class Selection(nn.Module):
         self.width, self.candidates, self.tiers = width, candidates, tuple(tiers)
         self.query = Projection(hidden_size, 2 * width, device=device, dtype=dtype)
         self.key = Projection(hidden_size, 2 * width, device=device, dtype=dtype)
-        self.null = Projection(hidden_size, 1, device=device, dtype=dtype)
+        self.null = Projection(hidden_size, groups, device=device, dtype=dtype)
 
         self.lens = Lens(hidden_size, width, device=device, dtype=dtype) if lens else None
 
@@ -86,7 +92,7 @@ class Selection(nn.Module):
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
 
         self.length_score, self.distance_score = table(_LENGTHS), table(_DISTANCES)
-        self.rank_score, self.null_score = table(candidates), table(1)
+        self.rank_score, self.null_score = table(candidates), table(groups)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -137,21 +143,25 @@ class Selection(nn.Module):
             rows: float32 ``[B, K, T, H]``, the candidates' rows of the output embedding, for a
                 lens.
         """
-        query = self.query(u).float()[:, None]
-        score = (query * keys).sum(-1) / self.width**0.5
-        octave = torch.log2(distance.clamp(min=1).float()).floor().clamp(max=_DISTANCES - 1)
-        score = (
-            score
-            + _looked_up(self.length_score, length_bucket(found.length))
-            + _looked_up(self.distance_score, octave.to(torch.int64))
-            + self.rank_score.float()[:, None]
-        )
+        score = self.evidence(u, keys, found, distance)
         if self.lens is not None:
             assert rows is not None
             score = score + self.lens(u, rows)
         score = score.masked_fill(found.position < 0, -torch.inf)
         null = self.null(u).float() + self.null_score.float()
         return torch.cat([score.transpose(1, 2), null], -1).log_softmax(-1)
+
+    def evidence(self, u: Tensor, keys: Tensor, found: Match, distance: Tensor) -> Tensor:
+        """What hidden states, lengths, distances and ranks say: float32 ``[B, K, T]``."""
+        query = self.query(u).float()[:, None]
+        score: Tensor = (query * keys).sum(-1) / self.width**0.5
+        octave = torch.log2(distance.clamp(min=1).float()).floor().clamp(max=_DISTANCES - 1)
+        looked_up = (
+            _looked_up(self.length_score, length_bucket(found.length))
+            + _looked_up(self.distance_score, octave.to(torch.int64))
+            + self.rank_score.float()[:, None]
+        )
+        return score + self.pace * looked_up
 
     def choose(
         self, log_share: Tensor, found: Match, routes: int, token: Tensor | None = None
@@ -185,6 +195,31 @@ class Selection(nn.Module):
         return Match(
             torch.where(refused, NO_MATCH, position).to(torch.int32),
             torch.where(refused, 0, length).to(torch.int32),
+        )
+
+    def expected_reads(
+        self, log_share: Tensor, found: Match, routes: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Positions ``[B, R, T]`` that might be read and their shares ``[B, T, R or 1]``.
+
+        The expectation of the hard read is the sum over them; its gradient credits the choice.
+        """
+        share = log_share.exp()
+        for rank in range(self.candidates):
+            yield found.position[:, rank : rank + 1].expand(-1, routes, -1), share[..., rank, None]
+
+    def loss(
+        self,
+        log_share: Tensor,
+        position: Tensor,
+        input_ids: Tensor,
+        *,
+        segment_starts: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """Mean nats of choosing right; see `selection_loss`."""
+        return selection_loss(
+            log_share, position, input_ids, segment_starts=segment_starts, known=known
         )
 
 
@@ -265,30 +300,43 @@ def selection_loss(
     input_ids: Tensor,
     *,
     segment_starts: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Mean nats of choosing right: a candidate that is the next token, or nothing if none is.
+
+    With `known` it is the likelihood of the next token under the mixture of what is read and what
+    the model says anyway,
+
+        -log (sum_{c right} share_c + share_nothing p(next token)),
+
+    so a candidate is worth what the model lacks: where it is sure of the next token, choosing the
+    candidate that says the same and choosing nothing are alike.
 
     Args:
         log_share: ``[B, T, K + 1]`` of `Selection`.
         position: ``[B, K, T]``, the candidates.
         input_ids: ``[B, T]``.
         segment_starts: int32 ``[B, T]`` or None.
+        known: float32 ``[B, T]``, log probability of the next token without the read, or None.
 
     Returns:
         A scalar in float32; 0 where no position has a candidate.
     """
     batch, count, length = position.shape
     follows = torch.roll(input_ids, -1, 1)
-    known = torch.ones_like(input_ids, dtype=torch.bool)
-    known[:, -1] = False
+    counted = torch.ones_like(input_ids, dtype=torch.bool)
+    counted[:, -1] = False
     if segment_starts is not None:
         starts = segment_starts.to(input_ids.device)
-        known &= (starts == torch.roll(starts, -1, 1)) & (starts >= 0)
+        counted &= (starts == torch.roll(starts, -1, 1)) & (starts >= 0)
     place = position.clamp(min=0).to(torch.int64).view(batch, -1)
     token = input_ids.gather(1, place).view(batch, count, length)
     right = ((token == follows[:, None]) & (position >= 0)).transpose(1, 2)
-    right = torch.cat([right, ~right.any(-1, keepdim=True)], -1)
     low = torch.finfo(log_share.dtype).min
-    nats = -log_share.masked_fill(~right, low).logsumexp(-1)
-    asked = known & (position >= 0).any(1)
+    nothing = ~right.any(-1, keepdim=True)
+    if known is not None:
+        nothing = torch.ones_like(nothing)
+        log_share = torch.cat([log_share[..., :-1], log_share[..., -1:] + known[..., None]], -1)
+    nats = -log_share.masked_fill(~torch.cat([right, nothing], -1), low).logsumexp(-1)
+    asked = counted & (position >= 0).any(1)
     return torch.where(asked, nats, 0).sum() / asked.sum().clamp(min=1)

@@ -147,6 +147,33 @@ def distant_match(
     return Match(torch.where(matched, found.position - distance, NO_MATCH), found.length)
 
 
+SEARCHED = 16
+"""Best distinct successors among which further distant ones are looked for."""
+
+
+def further_matches(best: Match, far: Match, back: Tensor, distance: int, count: int) -> Match:
+    """Distant candidates beside the best one: other successors, as good as they come.
+
+    Args:
+        best: the best distinct successors ``[B, K, T]``, best first.
+        far: `distant_match` ``[B, 1, T]``, which is left out.
+        back: ``[B, K, T]``, tokens back to `best`.
+        distance: in tokens; nearer ones are left out.
+        count: N, how many are wanted.
+
+    Returns:
+        Position and length int32 ``[B, N, T]``, best first.
+    """
+    # The successor that `far` reads is among `best` at that very place, or at a nearer one.
+    usable = (best.position >= 0) & (back >= distance) & (best.position != far.position)
+    order = (~usable).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+    kept = usable.gather(1, order)
+    return Match(
+        torch.where(kept, best.position.gather(1, order), NO_MATCH),
+        torch.where(kept, best.length.gather(1, order), 0),
+    )
+
+
 def gather_candidates(input_ids: Tensor, found: Match) -> TokenCandidates:
     """Turn positions of a whole sequence into tokens and distances.
 

@@ -118,10 +118,15 @@ class RosaConfig:
         "window, for what attention no longer sees); none for no such candidate.",
         low=1,
     )
+    far_candidates: int = option(
+        1,
+        "With far_distance: candidates beyond it, the best match and further distinct successors.",
+        low=1,
+    )
     length_tiers: tuple[int, ...] = option(
         (),
         "Address token and fixed hash: minimal match lengths that the routes take in turn; empty "
-        "for min_length in all of them.",
+        "for min_length in all of them. With select, lengths that learning corrects.",
     )
     select: int = option(
         0,
@@ -138,6 +143,10 @@ class RosaConfig:
         True,
         "Learned choice: it learns from the language-model loss as well, straight through the hard "
         "read; false leaves it to the address loss.",
+    )
+    select_trust: bool = option(
+        True,
+        "Learned lengths: length tiers ask for the learned length; false for the match's own.",
     )
     select_lens: bool = option(
         False,
@@ -202,25 +211,32 @@ class RosaConfig:
                 "RosaConfig.counterfactual_stride and estimator_options['stride'] say the same; "
                 "give one of them"
             )
+        if self.far_distance is not None and self.address != "token":
+            raise InvalidInputError(
+                f"RosaConfig.far_distance={self.far_distance} adds a candidate to token matches; "
+                "use address='token', or leave it at none"
+            )
+        if self.far_candidates > 1 and self.far_distance is None:
+            raise InvalidInputError(
+                f"RosaConfig.far_candidates={self.far_candidates} lie beyond far_distance and "
+                "there is none; set far_distance, or leave far_candidates at 1"
+            )
         check_address_options(
             self.address,
             learned=self.learns_address,
             shared_qk=self.shared_qk,
-            candidates=self.address_candidates,
+            candidates=self.address_candidates + self.far_count,
+            far_candidates=self.far_count,
             length_tiers=self.length_tiers,
             select=self.select,
             select_tiers=self.select_tiers,
+            select_trust=self.select_trust,
             select_lens=self.select_lens,
             hash_orders=self.hash_orders,
             hash_refine=self.hash_refine,
             hash_scale=self.hash_scale,
             credit_margin=self.credit_margin,
         )
-        if self.far_distance is not None and self.address != "token":
-            raise InvalidInputError(
-                f"RosaConfig.far_distance={self.far_distance} adds a candidate to token matches; "
-                "use address='token', or leave it at none"
-            )
         if self.backend == "pipeline" and self.estimator != "counterfactual":
             raise InvalidInputError(
                 "RosaConfig.backend='pipeline' serves estimator='counterfactual', not "
@@ -257,6 +273,11 @@ class RosaConfig:
     def learns_address(self) -> bool:
         """Whether adapters have trained projections of queries and keys."""
         return self.address == "learned" or (self.address == "hash" and self.hash_refine)
+
+    @property
+    def far_count(self) -> int:
+        """Candidates beyond a distance; 0 without `far_distance`."""
+        return self.far_candidates if self.far_distance is not None else 0
 
     @property
     def all_estimator_options(self) -> dict[str, Any]:

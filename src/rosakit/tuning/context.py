@@ -29,6 +29,7 @@ class ForwardContext:
         attended: number of attention calls that used the plan.
         recall: the recalled spans; None without them.
         teacher: set in a pass with full attention and without adapters, which it watches.
+        silent: set in a pass without adapters.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class ForwardContext:
     ) -> None:
         self.rosa, self.plan, self.attended, self.teacher = rosa, plan, 0, teacher
         self.recall: Recall | None = None
+        self.silent = teacher is not None
 
 
 class Shared:

@@ -13,7 +13,13 @@ from rosakit.errors import InvalidInputError, UnsupportedModelError, warn_once
 from rosakit.layers import RosaContext, TokenCandidates, TokenRoute
 from rosakit.layers.projection import Projections
 from rosakit.layers.supervision import AttentionTargets
-from rosakit.layers.token_match import best_successors, distant_match, gather_candidates
+from rosakit.layers.token_match import (
+    SEARCHED,
+    best_successors,
+    distant_match,
+    further_matches,
+    gather_candidates,
+)
 from rosakit.ops import suffix_match
 from rosakit.tuning import layout
 from rosakit.tuning.cache import RosaCacheLayer, prepare_cache
@@ -47,6 +53,7 @@ class RosaController(nn.Module):
             pass, with the adapters' matches, or None.
         keep_inputs: recorded contexts also hold what learned addresses are computed from.
         teacher: while set, passes show full attention without adapters to it.
+        silent: while set, passes are the windowed model's, without adapters and token route.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class RosaController(nn.Module):
         self.record_layers: frozenset[int] | None = None
         self.keep_inputs = False
         self.teacher: AttentionTargets | None = None
+        self.silent = False
         self.shared = shared
         self._candidates: TokenCandidates | None = None
         self._logits_to_keep: int | Tensor = 0
@@ -151,12 +159,13 @@ class RosaController(nn.Module):
                 )
             context = self._chunk(ids, mask, carrier, batch, length, example.device)
         context.teacher = self.teacher
-        if self.recorder is not None and self.teacher is None:
+        context.silent = self.silent or self.teacher is not None
+        if self.recorder is not None and not context.silent:
             context.rosa.record = True
             context.rosa.record_layers = self.record_layers
             context.rosa.keep_inputs = self.keep_inputs
             self.recorder.append(context.rosa)
-        self._candidates = context.rosa.candidates
+        self._candidates = None if self.silent else context.rosa.candidates
         self.shared.current = context
         if self._decoder_keywords:
             named[CONTEXT] = context
@@ -208,6 +217,8 @@ class RosaController(nn.Module):
         """Distinct successors that token route and adapters need together."""
         own = self.config.address_candidates if self.injected else 1
         own = max(own, self._recalled)
+        if self._reads_far and self.config.far_candidates > 1:
+            own = max(own, SEARCHED)
         return own if self.token_route is None else max(own, self.token_route.candidates)
 
     @property
@@ -215,12 +226,23 @@ class RosaController(nn.Module):
         """Whether adapters read the candidate beyond a distance."""
         return bool(self.injected) and self.config.far_distance is not None
 
-    def _with_far(self, near: Match, far: Match) -> Match:
-        """The candidates of the adapters: the best ones, then the best distant one."""
-        used = self.config.address_candidates
+    def _with_far(self, near: Match, far: Match, own: Tensor) -> Match:
+        """The candidates of the adapters: the best ones, then the distant ones.
+
+        Args:
+            near: the best distinct successors ``[B, K, T]``.
+            far: the best distant match ``[B, 1, T]``.
+            own: the positions that read, ``[B or 1, T]``, beside the matches.
+        """
+        used, distance = self.config.address_candidates, self.config.far_distance
+        assert distance is not None
+        parts = [Match(near.position[:, :used], near.length[:, :used]), far]
+        if self.config.far_candidates > 1:
+            back = own[:, None].to(near.position.device) - near.position
+            parts.append(further_matches(near, far, back, distance, self.config.far_candidates - 1))
         return Match(
-            torch.cat([near.position[:, :used], far.position], dim=1),
-            torch.cat([near.length[:, :used], far.length], dim=1),
+            torch.cat([part.position for part in parts], dim=1),
+            torch.cat([part.length for part in parts], dim=1),
         )
 
     def _cache(self, decoder: Any, named: dict[str, Any], packed: bool) -> RosaCacheLayer | None:
@@ -300,7 +322,8 @@ class RosaController(nn.Module):
                 distance = self.config.far_distance
                 assert distance is not None
                 far = distant_match(ids, distance, segment_starts=starts)
-                rosa.token_match = self._with_far(rosa.token_match, far)
+                own = torch.arange(length, device=device)[None]
+                rosa.token_match = self._with_far(rosa.token_match, far, own)
         context = ForwardContext(rosa, plan)
         if self._recalled:
             assert plan is not None
@@ -348,7 +371,7 @@ class RosaController(nn.Module):
                 distance = self.config.far_distance
                 assert distance is not None
                 far = states.far_tokens(batch, distance).extend(ids, real)
-                rosa.token_match = self._with_far(rosa.token_match, far)
+                rosa.token_match = self._with_far(rosa.token_match, far, query.rank)
         if self.injected and self.config.address == "hash":
             assert ids is not None
             reach = max(self.config.hash_orders)

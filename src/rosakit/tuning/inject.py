@@ -89,7 +89,7 @@ class InjectedAdapter(nn.Module):
 
     def _silent(self, module: nn.Module, kwargs: dict[str, Any]) -> bool:
         """Whether this pass shows the model without its adapters."""
-        return self._shared.context_of(module, kwargs).teacher is not None
+        return self._shared.context_of(module, kwargs).silent
 
     def set_norm(self, norm: nn.Module) -> None:
         """Name the norm in front of the attention (kept out of the module tree)."""

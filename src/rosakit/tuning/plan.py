@@ -148,7 +148,7 @@ def _memory(model: Any, config: TuneConfig, trained: list[Any]) -> dict[str, int
         layer += rows * (routes * (2 + rosa.bits) * 4 + 4 * routes * rosa.bits * width)
         if rosa.select:
             # Keys of the candidates, and the value of each where the choice gets credit.
-            among = rosa.address_candidates + (rosa.far_distance is not None)
+            among = rosa.address_candidates + rosa.far_count
             credit = routes * rosa.bits * width if rosa.select_credit else 0
             layer += rows * among * (2 * rosa.select * 4 + credit)
             layer += rows * among * hidden * 4 if rosa.select_lens else 0

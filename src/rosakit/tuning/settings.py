@@ -88,10 +88,11 @@ class TuneConfig:
     max_grad_norm: float = option(
         1.0, "Gradients are scaled down to this norm; 0 for never.", low=0
     )
-    address_loss: Literal["none", "next_token", "teacher"] = option(
+    address_loss: Literal["none", "next_token", "surplus", "teacher"] = option(
         "none",
-        "Teach learned addresses directly: positions with the same next token find each other, or "
-        "what full attention of the same model reads beyond the window.",
+        "Teach learned addresses directly: positions with the same next token find each other; a "
+        "learned choice finds the next token where the model without adapters lacks it (surplus); "
+        "or learned symbols find what full attention of the same model reads beyond the window.",
     )
     address_weight: float = option(
         0.1, "Weight of the address loss beside the language-model loss.", above=0
@@ -175,7 +176,12 @@ class TuneConfig:
         if self.address_loss == "teacher" and rosa.select:
             raise InvalidInputError(
                 "a learned choice among exact matches is taught by the tokens that follow; use "
-                "address_loss='next_token'"
+                "address_loss='next_token' or 'surplus'"
+            )
+        if self.address_loss == "surplus" and not rosa.select:
+            raise InvalidInputError(
+                "address_loss='surplus' teaches a learned choice among exact matches; set select, "
+                "or use address_loss='next_token'"
             )
         if self.address_loss == "teacher" and rosa.window is None:
             raise InvalidInputError(

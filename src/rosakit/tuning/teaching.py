@@ -14,7 +14,6 @@ from torch import Tensor
 
 from rosakit.errors import InvalidInputError
 from rosakit.layers import RosaContext
-from rosakit.layers.selection import selection_loss
 from rosakit.layers.supervision import (
     AddressTargets,
     AttentionTargets,
@@ -24,6 +23,7 @@ from rosakit.layers.supervision import (
 )
 from rosakit.tuning.attach import adapters_of, controller_of
 from rosakit.tuning.modules import decoder_of
+from rosakit.tuning.output_head import Head, log_probs_of
 
 __all__ = ["AddressTeacher"]
 
@@ -32,7 +32,9 @@ class AddressTeacher:
     """Computes the address loss of a model's learned addresses.
 
     Args:
-        kind: "next_token" or "teacher" (see `rosakit.layers.supervision`).
+        kind: "next_token" or "teacher" (see `rosakit.layers.supervision`), or "surplus": what a
+            learned choice reads is worth what the model without adapters lacks (see
+            `rosakit.layers.selection.selection_loss`).
         samples: queries a sequence.
 
     Raises:
@@ -40,17 +42,22 @@ class AddressTeacher:
     """
 
     def __init__(self, kind: str, samples: int) -> None:
-        if kind not in ("next_token", "teacher"):
-            raise InvalidInputError(f"kind must be 'next_token' or 'teacher', got {kind!r}")
+        if kind not in ("next_token", "surplus", "teacher"):
+            raise InvalidInputError(
+                f"kind must be 'next_token', 'surplus' or 'teacher', got {kind!r}"
+            )
         self.kind, self.samples = kind, samples
 
-    def loss(self, model: Any, context: RosaContext, inputs: dict[str, Any]) -> Tensor:
+    def loss(
+        self, model: Any, context: RosaContext, inputs: dict[str, Any], *, linear: bool = True
+    ) -> Tensor:
         """Mean loss over the layers whose inputs the pass left.
 
         Args:
             model: an attached model.
             context: of a recorded pass with `keep_inputs`.
-            inputs: what the decoder was called with, for the teacher's pass.
+            inputs: what the decoder was called with, for a second pass of a kind that needs one.
+            linear: whether logits are the output embedding's linear map of the decoder's output.
         """
         adapters = adapters_of(model)
         wanted = {i: adapters[i] for i in sorted(context.inputs)}
@@ -62,12 +69,17 @@ class AddressTeacher:
             )
         learned = tuple(i for i, adapter in wanted.items() if adapter.selection is None)
         targets = self._targets(model, context, ids, inputs, learned) if learned else {}
+        known = known_log_probs(model, inputs, linear=linear) if self.kind == "surplus" else None
         total = torch.zeros((), device=ids.device)
         for index, adapter in wanted.items():
             if adapter.selection is not None:
                 share, found = adapter.selection_shares(context.inputs[index], context)
-                total = total + selection_loss(
-                    share, found.position, ids, segment_starts=context.segment_starts
+                total = total + adapter.selection.loss(
+                    share,
+                    found.position,
+                    ids,
+                    segment_starts=context.segment_starts,
+                    known=known,
                 )
                 continue
             q, k = adapter.addresses(context.inputs[index], context)
@@ -99,3 +111,30 @@ class AddressTeacher:
         finally:
             controller.teacher = None
         return teacher.layers
+
+
+@torch.no_grad()
+def known_log_probs(model: Any, inputs: dict[str, Any], *, linear: bool) -> Tensor:
+    """What the windowed model without adapters gives each next token: float32 ``[B, T]``.
+
+    The last position has no next token; what stands there means nothing.
+
+    Args:
+        model: an attached model.
+        inputs: of its decoder, with `input_ids`.
+        linear: whether logits are the output embedding's linear map of the decoder's output.
+    """
+    follows = torch.roll(inputs["input_ids"], -1, 1)
+    controller = controller_of(model)
+    controller.silent = True
+    try:
+        if not linear:
+            logits = model(**inputs).logits.float()
+            asked: Tensor = logits.log_softmax(-1).gather(-1, follows[..., None])[..., 0]
+            return asked
+        hidden = decoder_of(model)(**inputs)[0]
+    finally:
+        controller.silent = False
+    embedding = model.get_output_embeddings()
+    head = Head(embedding.weight, getattr(embedding, "bias", None))
+    return log_probs_of(hidden.flatten(0, 1), follows.reshape(-1, 1), head).view_as(follows)
