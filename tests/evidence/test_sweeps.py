@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.evidence import __main__ as command
 from benchmarks.evidence.arms import arms
 from benchmarks.evidence.plan import PLAN, TOKENS
 from benchmarks.evidence.sweep_figure import draw_sweeps
@@ -100,3 +101,12 @@ def test_the_published_sweep_is_the_beginning_of_the_plan():
     summary = json.loads(place.read_text(encoding="utf-8"))
     runs = {(run["arm"], run["window"], run["seed"]) for run in summary["runs"]}
     assert runs == {(run.arm, run.window, run.seed) for run in SWEEP[: len(runs)]}
+
+
+def test_the_first_runs_of_a_plan_are_taken_at_another_budget(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(command, "_load", lambda options: (None, None))
+    monkeypatch.setattr(command, "run", lambda planned, *_: done.append(planned))
+    sizes = ["--plan", "sweep", "--scale", "0.25", "--first", "3"]
+    command.main(["work", "--model", "M", "--work", str(tmp_path), *sizes])
+    assert done == [run._replace(tokens=TOKENS // 4) for run in SWEEP[:3]]
