@@ -67,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.every_arm:
             once = dict.fromkeys((p.arm, p.window) for p in plan)
             queue = [Planned(arm, 0, window, options.tokens) for arm, window in once]
+        queue = queue[: options.first]
         for planned in claimed(queue, options.work / "runs", began + options.seconds):
             try:
                 run(
@@ -183,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         "--every-arm", action="store_true", help="each arm of the plan once: a smoke test"
     )
     worker.add_argument("--scale", type=float, default=1.0, help="of the plan's training tokens")
+    worker.add_argument("--first", type=int, help="so many runs of the plan; all without")
     for command in (single, worker):
         command.add_argument("--window", type=int, default=512)
         command.add_argument("--batch", type=int, default=2, help="sequences a step")

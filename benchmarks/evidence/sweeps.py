@@ -1,7 +1,7 @@
 """Sweeps: one choice varied at a time, beside references trained in the same run.
 
 Each group is one question, its first arms what the others are compared with. The plan asks the
-questions in the order of their importance, two seeds of all before the third of any, so that
+questions in the order of their importance, one seed of all before the second of any, so that
 whatever has finished when the time is over can be read.
 """
 
@@ -10,28 +10,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from benchmarks.evidence.plan import TOKENS, Planned, each
+from benchmarks.evidence.plan import TOKENS, Planned
 
 __all__ = ["GROUPS", "LONG", "SWEEP", "Group"]
 
 
 class Group(NamedTuple):
-    """One question of the sweeps: its title, its arms, the window in tokens."""
+    """One question of the sweeps: its title, its arms, the window and the training in tokens."""
 
     title: str
     arms: tuple[str, ...]
     window: int = 512
     tokens: int = TOKENS
 
-    def labels(self) -> tuple[str, ...]:
-        """Names of the arms in the summary, which tell another budget."""
-        budget = "" if self.tokens == TOKENS else f"@{self.tokens / 1e6:g}M"
-        return tuple(arm + budget for arm in self.arms)
-
     def finished(self, summary: Mapping[str, Any]) -> dict[str, Any]:
-        """What the summary holds of the arms, by name, in the plan's order."""
+        """What the summary holds of the arms, by name, in the plan's order.
+
+        Names tell another budget than the usual one, which is the summary's if the plan was scaled.
+        """
         known = summary["windows"].get(str(self.window), {"arms": {}})["arms"]
-        return {name: known[name] for name in self.labels() if name in known}
+        tokens = self.tokens * summary["sizes"]["tokens"] // TOKENS
+        budget = "" if self.tokens == TOKENS else f"@{tokens / 1e6:g}M"
+        return {arm + budget: known[arm + budget] for arm in self.arms if arm + budget in known}
 
 
 _BUDGET = ("control", "full+trained", "rosa")
@@ -64,19 +64,14 @@ GROUPS = (
 )  # fmt: skip
 
 
-def _plan(groups: tuple[Group, ...], seeds: tuple[int, ...]) -> list[Planned]:
-    return [run for g in groups for run in each(g.arms, seeds, window=g.window, tokens=g.tokens)]
+def _plan(millions: int, seeds: tuple[int, ...]) -> tuple[Planned, ...]:
+    groups = [g for g in GROUPS if g.tokens == millions * TOKENS]
+    return tuple(
+        Planned(arm, seed, g.window, g.tokens) for seed in seeds for g in groups for arm in g.arms
+    )
 
 
-_ONE = tuple(g for g in GROUPS if g.tokens == TOKENS)
-_TWO, _FOUR = (tuple(g for g in GROUPS if g.tokens == n * TOKENS) for n in (2, 4))
+SWEEP = (*_plan(1, (0, 1)), *_plan(2, (0, 1)), *_plan(1, (2,)))
 
-SWEEP = (
-    # The long runs first: begun late, they would not end.
-    *_plan(_TWO, (0, 1)),
-    *_plan(_ONE, (0, 1)),
-    *_plan(_ONE, (2,)),
-)
-
-LONG = tuple(_plan(_FOUR, (1, 2)))
+LONG = _plan(4, (1, 2))
 """The longest budget of the main table, which has seed 0 of it."""
