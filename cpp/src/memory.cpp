@@ -96,7 +96,7 @@ void SuffixMemory::feed(std::size_t s, const Chunk<T>& chunk, std::size_t begin,
   const std::size_t n = chunk.n, width = chunk.candidates ? chunk.candidates : 1;
   const u8* mask = chunk.mask ? chunk.mask + s / options_.routes * n : nullptr;
   if (!lanes_[s]->has_room(end - begin)) [[unlikely]]
-    lanes_[s] = generalise(*lanes_[s], end - begin, options_);
+    lanes_[s] = generalise(*lanes_[s], end - begin, options_, chunk.candidates != 0);
   Lane* lane = &own(lanes_[s]);
   std::size_t left = end - begin;
   if (mask) left -= static_cast<std::size_t>(std::count(mask + begin, mask + end, u8{0}));
@@ -119,7 +119,7 @@ void SuffixMemory::feed(std::size_t s, const Chunk<T>& chunk, std::size_t begin,
       return lane->step(q, k, undoable, position, length);
     };
     if (step()) continue;
-    lanes_[s] = generalise(*lane, end - i, options_);
+    lanes_[s] = generalise(*lane, end - i, options_, chunk.candidates != 0);
     lane = lanes_[s].get();
     step();
   }

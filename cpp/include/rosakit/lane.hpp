@@ -32,9 +32,13 @@ class Lane {
   /// changes nothing, where the stream has become one for a general lane.
   virtual bool step(u32 q, u32 k, bool undoable, i32* position, i32* length) = 0;
   /// Feeds one position of a self-matching stream and collects its best successors; the same
-  /// return.
+  /// return, also where the lane has symbols but does not keep their successors in order.
   virtual bool step_candidates(u32 token, unsigned candidates, bool undoable, i32* position,
                                i32* length) = 0;
+  /// Whether the successors of states with many of them are kept in order, for step_candidates;
+  /// and, of an empty lane, makes it so if it knows such states.
+  virtual bool ordered() const { return false; }
+  virtual void keep_order() {}
   /// Takes back what lies past `length`; false, and nothing changed, where that is too far back.
   virtual bool undo_to(u32 length) = 0;
   /// Of an empty lane: lets its stream start at `position`.

@@ -1,0 +1,156 @@
+// The K best distinct successors (semantics 5) against their definition.
+#include <doctest/doctest.h>
+
+#include <array>
+#include <set>
+#include <stdexcept>
+
+#include "hubs.hpp"
+#include "rosakit/memory.hpp"
+#include "rosakit/typed_lane.hpp"
+
+using namespace rosakit;
+using namespace rosakit::testing;
+
+namespace {
+
+/// (length, position) of the K best at position i of a stream that starts at `start`.
+std::vector<std::array<i32, 2>> naive_candidates(const Symbols& x, u32 i, unsigned k,
+                                                 u32 start = 0) {
+  std::vector<std::array<i32, 2>> all;
+  for (u32 j = start; j < i; ++j) {
+    u32 l = 0;
+    while (start + l <= j && x[j - l] == x[i - l]) ++l;
+    if (l) all.push_back({static_cast<i32>(l), static_cast<i32>(j) + 1});
+  }
+  std::sort(all.rbegin(), all.rend());
+  std::vector<std::array<i32, 2>> best;
+  std::set<u32> seen;
+  for (const auto& c : all)
+    if (best.size() < k && seen.insert(x[static_cast<u32>(c[1])]).second) best.push_back(c);
+  best.resize(k, {0, kNull});
+  return best;
+}
+
+/// A stream of about n symbols; most have places with more than a dozen successors.
+Symbols draw_wide(u32 n, Random& random) {
+  switch (random.below(8)) {
+    case 0:
+      return nested_runs(n);
+    case 1:
+      return nested_periods(n);
+    case 2:
+      return draw(random.below(kFamilies), n, 2 + random.below(40), random).second;
+    case 3:
+      return hubs(n, 1 + random.below(3), 30);
+    case 4:
+      return rising_hubs(n, 2 + random.below(4));
+    case 5: {
+      Symbols x = ramp_then_constant(n / 2), y = hubs(n - n / 2, 2, 40);
+      x.insert(x.end(), y.begin(), y.end());
+      return x;
+    }
+    case 6: {  // what follows repeats in blocks, then goes back to an older one
+      Symbols x;
+      for (u32 i = 0; x.size() < n; ++i) {
+        x.insert(x.end(), 1 + i / 40 % 3, 1);
+        x.push_back(random.chance(70) ? 2 + i / 9 % 20 : 2 + random.below(25));
+      }
+      return x;
+    }
+    default:
+      return zipf(n, 60);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("candidates equal their definition, before and past the change") {
+  Random random(11);
+  u32 undone = 0;
+  for (u32 round = 0; round < 160; ++round) {
+    const u32 n = 40 + random.below(round % 8 ? 160 : 700);
+    const Symbols x = draw_wide(n, random);
+    const unsigned k = 1 + random.below(random.chance(80) ? 5 : 30);
+    const Budget budget{0, random.below(3) * 40};
+    TypedLane<true, false> lane({}, 0, budget);
+    std::vector<i32> position(k), length(k);
+    for (u32 i = 0; i < n; ++i) {
+      if (i > 20 && random.chance(5)) {  // speculate, then take it back
+        for (u32 s = 1 + random.below(12); s; --s)
+          lane.step_candidates(random.chance(50) ? x[random.below(i)] : random.below(50), k, true,
+                               position.data(), length.data());
+        if (!lane.undo_to(i)) break;  // the change came in between
+        ++undone;
+      }
+      lane.step_candidates(x[i], k, true, position.data(), length.data());
+      if (!random.chance(30)) continue;
+      const auto want = naive_candidates(x, i, k);
+      for (unsigned c = 0; c < k; ++c) {
+        REQUIRE(position[c] == want[c][1]);
+        REQUIRE(length[c] == want[c][0]);
+      }
+    }
+  }
+  CHECK(undone > 60);
+}
+
+TEST_CASE("candidates of a memory: plain steps between, forks, truncation, files, eviction") {
+  struct Twin {
+    SuffixMemory memory;
+    Symbols x;
+  };
+  u64 evicted = 0;
+  for (u64 seed = 0; seed < 60; ++seed) {
+    CAPTURE(seed);
+    Random random(seed);
+    const u64 most = random.chance(30) ? 200000 : 0;
+    const MemoryOptions options{.batch = 1, .routes = 1, .bits = random.chance(50) ? 16u : 0u,
+                                .rule = {}, .walk_per_symbol = 0,
+                                .walk_base = random.chance(50) ? 8192 : random.below(40),
+                                .max_bytes = most};
+    std::vector<Twin> twins;
+    twins.push_back({SuffixMemory(options), {}});
+    for (u32 operation = 0; operation < 60; ++operation) {
+      Twin& t = twins[random.below(twins.size())];
+      const u32 choice = random.below(100);
+      if (choice < 60) {
+        const Symbols fresh = draw_wide(1 + random.below(most ? 300 : 60), random);
+        const unsigned k = random.chance(80) ? 1 + random.below(6) : 0;  // 0: no candidates
+        const std::size_t n = fresh.size(), width = k ? k : 1, before = t.x.size();
+        const std::vector<i32> symbols(fresh.begin(), fresh.end());
+        std::vector<i32> position(n * width, -7), length(position);
+        t.memory.extend(Chunk<i32>{symbols.data(), symbols.data(), nullptr, position.data(),
+                                   length.data(), n, k});
+        t.x.insert(t.x.end(), fresh.begin(), fresh.end());
+        if (most) REQUIRE(t.memory.reserved_bytes() <= most);
+        const auto start = static_cast<u32>(t.memory.starts()[0]);
+        evicted += start > 0;
+        for (std::size_t i = 0; i < n; ++i) {
+          if (before + i < start || !random.chance(20)) continue;
+          if (most && i + 1 < n) continue;  // room may have been made within the chunk
+          const auto want = naive_candidates(t.x, static_cast<u32>(before + i),
+                                             static_cast<unsigned>(width), start);
+          for (std::size_t c = 0; c < width; ++c) {
+            REQUIRE(position[i * width + c] == want[c][1]);
+            REQUIRE(length[i * width + c] == want[c][0]);
+          }
+        }
+      } else if (choice < 78) {
+        const i64 now = t.memory.lengths()[0];
+        const i64 back = random.below(random.chance(80) ? 12 : static_cast<u64>(now) + 1);
+        const i64 to = std::max(t.memory.starts()[0], now - back);
+        t.memory.truncate(0, to);
+        t.x.resize(static_cast<std::size_t>(to));
+      } else if (choice < 92) {
+        Twin other{t.memory.index_select(std::array<i64, 1>{0}), t.x};
+        if (twins.size() < 4) twins.push_back(std::move(other));
+        else twins[random.below(twins.size())] = std::move(other);
+      } else {
+        const std::string bytes = t.memory.serialize();
+        t.memory = SuffixMemory::deserialize({bytes.data(), bytes.size()});
+      }
+    }
+  }
+  CHECK(evicted > 20);
+}
