@@ -34,7 +34,7 @@ std::vector<std::array<i32, 2>> naive_candidates(const Symbols& x, u32 i, unsign
 
 /// A stream of about n symbols; most have places with more than a dozen successors.
 Symbols draw_wide(u32 n, Random& random) {
-  switch (random.below(8)) {
+  switch (random.below(10)) {
     case 0:
       return nested_runs(n);
     case 1:
@@ -58,8 +58,26 @@ Symbols draw_wide(u32 n, Random& random) {
       }
       return x;
     }
-    default:
+    case 7:
       return zipf(n, 60);
+    default: {  // contexts within contexts, each with a habit that the others do not share
+      Symbols x;
+      std::array<u32, 27> habit{};
+      const u32 between = random.chance(50) ? 0 : kMostShallow + 1;  // or near the root
+      while (x.size() < n) {
+        u32 context = 0;
+        for (u32 i = random.below(4); i; --i) {
+          x.push_back(50 + random.below(3));
+          context = (context * 3 + x.back() - 50) % 27;
+        }
+        for (u32 i = 0; i < between; ++i) x.push_back(60 + i);
+        x.push_back(1);
+        if (random.chance(40)) habit[context] = 2 + random.below(18);
+        x.push_back(habit[context]);
+      }
+      x.resize(n);
+      return x;
+    }
   }
 }
 
@@ -69,7 +87,7 @@ TEST_CASE("candidates equal their definition, before and past the change") {
   Random random(11);
   u32 undone = 0;
   for (u32 round = 0; round < 160; ++round) {
-    const u32 n = 40 + random.below(round % 8 ? 160 : 700);
+    const u32 n = 40 + random.below(round % 3 ? 160 : 2500);
     const Symbols x = draw_wide(n, random);
     const unsigned k = 1 + random.below(random.chance(80) ? 5 : 30);
     const Budget budget{0, random.below(3) * 40};
@@ -93,6 +111,25 @@ TEST_CASE("candidates equal their definition, before and past the change") {
     }
   }
   CHECK(undone > 60);
+}
+
+TEST_CASE("candidates of a state that is split by the key with which its successors become many") {
+  for (u32 many = 8; many < 30; ++many)
+    for (const u64 base : {u64{0}, u64{1} << 20}) {
+      Symbols x;
+      for (u32 i = 0; i < many; ++i) x.insert(x.end(), {1, 2, 10 + (i * 7) % many});
+      x.insert(x.end(), {1, 2, 2, 3, 2, 4, 1, 2});
+      TypedLane<true, false> lane({}, 0, Budget{0, base});
+      std::array<i32, 5> position, length;
+      for (u32 i = 0; i < x.size(); ++i) {
+        lane.step_candidates(x[i], 5, true, position.data(), length.data());
+        const auto want = naive_candidates(x, i, 5);
+        for (unsigned c = 0; c < 5; ++c) {
+          REQUIRE(position[c] == want[c][1]);
+          REQUIRE(length[c] == want[c][0]);
+        }
+      }
+    }
 }
 
 TEST_CASE("candidates of a memory: plain steps between, forks, truncation, files, eviction") {
@@ -153,4 +190,22 @@ TEST_CASE("candidates of a memory: plain steps between, forks, truncation, files
     }
   }
   CHECK(evicted > 20);
+}
+
+TEST_CASE("a budget is kept where rows are long and become lists on the way") {
+  for (const std::size_t most : {300000u, 1000000u})
+    for (const unsigned k : {0u, 2u})
+      for (const std::size_t chunk : {1u, 50u}) {
+        SuffixMemory memory({.batch = 1, .routes = 1, .bits = 0, .rule = {}, .max_bytes = most});
+        const Symbols x = hubs(24000, 1, 0);
+        const std::vector<i32> symbols(x.begin(), x.end());
+        std::vector<i32> position(chunk * 2), length(chunk * 2);
+        for (std::size_t i = 0; i + chunk <= symbols.size(); i += chunk) {
+          const i32* at = symbols.data() + i;
+          memory.extend(Chunk<i32>{at, at, nullptr, position.data(), length.data(), chunk,
+                                   i < 7000 ? 0 : k});
+          REQUIRE(memory.reserved_bytes() <= most);
+        }
+        CHECK(memory.starts()[0] > 0);
+      }
 }

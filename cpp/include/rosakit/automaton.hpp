@@ -210,6 +210,8 @@ class Automaton {
     else sym_word(x) = e.old;
   }
 
+  std::size_t row_bytes() const { return rows_.reserved_bytes(); }
+  std::size_t row_growth_bytes() const { return rows_.growth_bytes(); }
   std::size_t live_bytes() const { return states_.live_bytes() + rows_.live_bytes(); }
   std::size_t reserved_bytes() const { return states_.reserved_bytes() + rows_.reserved_bytes(); }
 

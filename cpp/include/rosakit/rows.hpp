@@ -236,6 +236,8 @@ class Rows {
   }
 
   const void* address(RowRef row) const { return words(row); }
+  /// No less than all rows of more than a page grow by if each has to grow once.
+  std::size_t growth_bytes() const { return big_bytes(); }
   std::size_t live_bytes() const { return words_.live_bytes() + big_bytes(); }
   std::size_t reserved_bytes() const { return words_.reserved_bytes() + big_bytes(); }
 

@@ -111,12 +111,14 @@ class TypedLane final : public Lane {
            sum([](const auto& part) { return part.reserved_bytes(); });
   }
 
-  std::size_t reserved_after(std::size_t n) const override {
+  std::size_t reserved_after(std::size_t n, bool ordering) const override {
     constexpr std::size_t kGrowth = 256;  // states, rows, nodes and symbols
     constexpr std::size_t kSlack =
         12 * kPageBytes;  // pages begun, copies of shared ones, the journal
     const std::size_t change_over = stream().linked ? 0 : stream().tree.size() * std::size_t{16};
-    return reserved_bytes() + n * kGrowth + change_over + kSlack;
+    const auto& tree = stream().tree;
+    const std::size_t lists = kWide && ordering && !ordered() ? tree.row_bytes() : 0;
+    return reserved_bytes() + n * kGrowth + change_over + tree.row_growth_bytes() + lists + kSlack;
   }
 
  private:
