@@ -6,7 +6,7 @@
 // Narrow (symbols < 256): entries are target << 8 | symbol, filled from the front; from 32 entries
 // on, or once as wide as the alphabet, a row is indexed by the symbol and holds bare targets.
 // Wide: entries are {symbol, target}; from 16 entries on they are hashed with linear probing, and
-// rows of more than a page are separate blocks ("big"). On request (`keep_order`) rows of 32 entries
+// rows of a page and more are separate blocks ("big"). On request (`keep_order`) rows of 32 entries
 // and more are lists as well: {next, previous} of each place follow the entries, and place 0 is no
 // entry but both ends of the list.
 // An absent entry has target 0, the root, which no transition leads to.
@@ -54,10 +54,7 @@ class Rows {
     big_.clear();
   }
   /// Wide, and before the first row: from now on long rows keep an order (see `to_front`).
-  void keep_order() {
-    ordered_ = true;
-    big_from_ = kBigClass - 1;
-  }
+  void keep_order() { ordered_ = true; }
   bool ordered() const { return ordered_; }
   bool listed(RowRef row) const { return listed(row.cls); }
 
@@ -236,13 +233,13 @@ class Rows {
   }
 
   const void* address(RowRef row) const { return words(row); }
-  /// No less than all rows of more than a page grow by if each has to grow once.
+  /// No less than all big rows grow by if each has to grow once.
   std::size_t growth_bytes() const { return big_bytes(); }
   std::size_t live_bytes() const { return words_.live_bytes() + big_bytes(); }
   std::size_t reserved_bytes() const { return words_.reserved_bytes() + big_bytes(); }
 
  private:
-  static constexpr u32 kBigClass = 9;     // wide: 4096-byte rows are class 8
+  static constexpr u32 kBigClass = 8;     // wide: lists of class 7 have 4096 bytes
   static constexpr u32 kListedClass = 4;  // wide: if ordered, the first class of lists
   static constexpr u32 kNoSymbol = ~u32{0};
   using Words = typename Storage::template Array<u32>;
@@ -250,7 +247,7 @@ class Rows {
 
   static constexpr u32 capacity(u32 cls) { return u32{2} << cls; }
   static constexpr bool hashed(u32 cls) { return cls >= 3; }
-  bool is_big(u32 cls) const { return kWide && cls >= big_from_; }
+  static constexpr bool is_big(u32 cls) { return kWide && cls >= kBigClass; }
   bool listed(u32 cls) const { return kWide && ordered_ && cls >= kListedClass; }
   u32 word_count(u32 cls) const { return capacity(cls) * (kWide ? 2 : 1) << listed(cls); }
   static constexpr u32 links_at(RowRef row) { return 2 * capacity(row.cls); }
@@ -438,7 +435,6 @@ class Rows {
   u32 sigma_ = 256;  // narrow: the alphabet
   u32 direct_ = 7;   // narrow: the class whose capacity is sigma_
   bool ordered_ = false;
-  u32 big_from_ = kBigClass;
   Journal* journal_ = nullptr;
 };
 
