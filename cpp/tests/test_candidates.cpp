@@ -2,7 +2,6 @@
 #include <doctest/doctest.h>
 
 #include <array>
-#include <set>
 #include <stdexcept>
 
 #include "hubs.hpp"
@@ -13,24 +12,6 @@ using namespace rosakit;
 using namespace rosakit::testing;
 
 namespace {
-
-/// (length, position) of the K best at position i of a stream that starts at `start`.
-std::vector<std::array<i32, 2>> naive_candidates(const Symbols& x, u32 i, unsigned k,
-                                                 u32 start = 0) {
-  std::vector<std::array<i32, 2>> all;
-  for (u32 j = start; j < i; ++j) {
-    u32 l = 0;
-    while (start + l <= j && x[j - l] == x[i - l]) ++l;
-    if (l) all.push_back({static_cast<i32>(l), static_cast<i32>(j) + 1});
-  }
-  std::sort(all.rbegin(), all.rend());
-  std::vector<std::array<i32, 2>> best;
-  std::set<u32> seen;
-  for (const auto& c : all)
-    if (best.size() < k && seen.insert(x[static_cast<u32>(c[1])]).second) best.push_back(c);
-  best.resize(k, {0, kNull});
-  return best;
-}
 
 /// A stream of about n symbols; most have places with more than a dozen successors.
 Symbols draw_wide(u32 n, Random& random) {
@@ -103,7 +84,7 @@ TEST_CASE("candidates equal their definition, before and past the change") {
       }
       lane.step_candidates(x[i], k, true, position.data(), length.data());
       if (!random.chance(30)) continue;
-      const auto want = naive_candidates(x, i, k);
+      const auto want = reference::candidates(x, i, k);
       for (unsigned c = 0; c < k; ++c) {
         REQUIRE(position[c] == want[c][1]);
         REQUIRE(length[c] == want[c][0]);
@@ -123,7 +104,7 @@ TEST_CASE("candidates of a state that is split by the key with which its success
       std::array<i32, 5> position, length;
       for (u32 i = 0; i < x.size(); ++i) {
         lane.step_candidates(x[i], 5, true, position.data(), length.data());
-        const auto want = naive_candidates(x, i, 5);
+        const auto want = reference::candidates(x, i, 5);
         for (unsigned c = 0; c < 5; ++c) {
           REQUIRE(position[c] == want[c][1]);
           REQUIRE(length[c] == want[c][0]);
@@ -166,7 +147,7 @@ TEST_CASE("candidates of a memory: plain steps between, forks, truncation, files
         for (std::size_t i = 0; i < n; ++i) {
           if (before + i < start || !random.chance(20)) continue;
           if (most && i + 1 < n) continue;  // room may have been made within the chunk
-          const auto want = naive_candidates(t.x, static_cast<u32>(before + i),
+          const auto want = reference::candidates(t.x, static_cast<u32>(before + i),
                                              static_cast<unsigned>(width), start);
           for (std::size_t c = 0; c < width; ++c) {
             REQUIRE(position[i * width + c] == want[c][1]);
