@@ -51,6 +51,8 @@ class Automaton {
     states_.clear();
     rows_.reset(bits);
     last_ = length_ = 0;
+    new_lists_.clear();
+    has_lists_ = false;
     State root{};
     root.end = kNull;
     states_.push_back(root);
@@ -119,6 +121,8 @@ class Automaton {
     const State& x = states_[u];
     return has_row(x) && rows_.listed(row_of(x));
   }
+  /// Whether a state other than the root is or was listed.
+  bool has_lists() const { return has_lists_; }
   /// Of a listed state.
   u32 first_successor(u32 u) const { return rows_.first(row_of(states_[u])); }
   void to_front(u32 u, u32 s) { rows_.to_front(row_of(states_[u]), s); }
@@ -301,7 +305,10 @@ class Automaton {
       const RowRef after = rows_.insert(before, s, target);
       if (after.offset != before.offset || after.cls != before.cls || after.used != before.used)
         set_row(p, after);
-      if (rows_.listed(after) && !rows_.listed(before)) new_lists_.push_back(p);
+      if (rows_.listed(after) && !rows_.listed(before)) {
+        new_lists_.push_back(p);
+        has_lists_ |= p != kRoot;
+      }
     } else if (!x.next) {
       set_next(p, s, target);
     } else {
@@ -320,6 +327,7 @@ class Automaton {
   u32 last_ = 0;
   u32 length_ = 0;
   Buffer<u32> new_lists_;
+  bool has_lists_ = false;
   Journal* journal_ = nullptr;
 };
 

@@ -223,7 +223,7 @@ struct Stream {
   /// docs/decisions/core-suffix-memory.md. Past the change the others are passed over in groups.
   void touch(u32 key) {
     if constexpr (kMayOrder) {
-      if (!tree.ordered()) return;
+      if (!tree.has_lists()) return;
       u32 walked = tree.last();
       if constexpr (kMayLink) {
         if (linked) {
