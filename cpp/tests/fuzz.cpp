@@ -42,7 +42,8 @@ void solve(const Case& c, const reference::Result& want) {
   if (got != want) std::abort();
 }
 
-/// Compares the best successors of a token stream at some positions, over a rollback if `speculate`.
+/// Compares the best successors of a token stream at some positions, over a rollback if
+/// `speculate`.
 void compare_candidates(const std::vector<u8>& keys, unsigned k, const Budget& budget,
                         bool speculate) {
   const reference::Symbols x(keys.begin(), keys.end());

@@ -31,7 +31,8 @@ inline Symbols nested_periods(u32 n) {
   while (x.size() < n) x.push_back(1 + static_cast<u32>(x.size()) % 3);
   return x;
 }
-/// `length` times one symbol, then one of `others` drawn ones, or (0) a new one: `a x1 a x2 a x3 ...`
+/// `length` times one symbol, then one of `others` drawn ones, or (0) a new one: `a x1 a x2 a x3
+/// ...`
 inline Symbols hubs(u32 n, u32 length, u32 others) {
   Symbols x;
   Random random(1);

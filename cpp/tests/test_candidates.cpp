@@ -123,8 +123,11 @@ TEST_CASE("candidates of a memory: plain steps between, forks, truncation, files
     CAPTURE(seed);
     Random random(seed);
     const u64 most = random.chance(30) ? 200000 : 0;
-    const MemoryOptions options{.batch = 1, .routes = 1, .bits = random.chance(50) ? 16u : 0u,
-                                .rule = {}, .walk_per_symbol = 0,
+    const MemoryOptions options{.batch = 1,
+                                .routes = 1,
+                                .bits = random.chance(50) ? 16u : 0u,
+                                .rule = {},
+                                .walk_per_symbol = 0,
                                 .walk_base = random.chance(50) ? 8192 : random.below(40),
                                 .max_bytes = most};
     std::vector<Twin> twins;
@@ -148,7 +151,7 @@ TEST_CASE("candidates of a memory: plain steps between, forks, truncation, files
           if (before + i < start || !random.chance(20)) continue;
           if (most && i + 1 < n) continue;  // room may have been made within the chunk
           const auto want = reference::candidates(t.x, static_cast<u32>(before + i),
-                                             static_cast<unsigned>(width), start);
+                                                  static_cast<unsigned>(width), start);
           for (std::size_t c = 0; c < width; ++c) {
             REQUIRE(position[i * width + c] == want[c][1]);
             REQUIRE(length[i * width + c] == want[c][0]);
@@ -183,8 +186,8 @@ TEST_CASE("a budget is kept where rows are long and become lists on the way") {
         std::vector<i32> position(chunk * 2), length(chunk * 2);
         for (std::size_t i = 0; i + chunk <= symbols.size(); i += chunk) {
           const i32* at = symbols.data() + i;
-          memory.extend(Chunk<i32>{at, at, nullptr, position.data(), length.data(), chunk,
-                                   i < 7000 ? 0 : k});
+          memory.extend(
+              Chunk<i32>{at, at, nullptr, position.data(), length.data(), chunk, i < 7000 ? 0 : k});
           REQUIRE(memory.reserved_bytes() <= most);
         }
         CHECK(memory.starts()[0] > 0);

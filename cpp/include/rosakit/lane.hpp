@@ -49,8 +49,8 @@ class Lane {
   virtual bool self() const = 0;  // query and keys are equal so far
   virtual std::size_t live_bytes() const = 0;
   virtual std::size_t reserved_bytes() const = 0;
-  /// No less than reserved_bytes() will be after `n` more symbols; `ordering`: and after the lane has
-  /// been replaced, if need be, by one that keeps successors in order.
+  /// No less than reserved_bytes() will be after `n` more symbols; `ordering`: and after the lane
+  /// has been replaced, if need be, by one that keeps successors in order.
   virtual std::size_t reserved_after(std::size_t n, bool ordering) const = 0;
 };
 

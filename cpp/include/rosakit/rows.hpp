@@ -174,7 +174,8 @@ class Rows {
   }
 
   // --- order of listed rows -----------------------------------------------------------------
-  // A symbol that is added comes first, except that a row which has just become a list has none yet.
+  // A symbol that is added comes first, except that a row which has just become a list has none
+  // yet.
 
   /// The first symbol of a listed row.
   u32 first(RowRef row) const {
