@@ -8,6 +8,7 @@
 #include "rosakit/bitflip_tied.hpp"
 #include "rosakit/matcher.hpp"
 #include "rosakit/memory.hpp"
+#include "rosakit/page_pool.hpp"
 #include "rosakit/pool.hpp"
 
 namespace nb = nanobind;
@@ -221,6 +222,7 @@ void def_extend(C& cls) {
 NB_MODULE(_core, m) {
   m.doc() = "C++ core of rosakit: exact suffix matching and streaming suffix memory.";
   m.def("num_threads", &num_threads);
+  m.def("pages_copied", &pages_copied);
   m.def("set_num_threads", &set_num_threads, nb::call_guard<nb::gil_scoped_release>());
   def_match<u8>(m);
   def_match<u16>(m);

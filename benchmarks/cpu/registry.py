@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.cpu.streams import FAMILIES, Symbols, batch
+from benchmarks.cpu.streams import FAMILIES, Symbols, batch, tokens
 from rosakit import native
+from rosakit.layers.token_match import best_successors_naive
 from rosakit.native import SuffixMemory
 from rosakit.ops.oracle import suffix_match_oracle
 from rosakit.types import Match
@@ -225,10 +226,34 @@ def decode(plan: Plan) -> Iterator[Figure]:
         )
         twin = forks.pop()
         forks.clear()
-        at = int(memory.lengths[0])
+        at, copied = int(memory.lengths[0]), native.pages_copied()
         first = time_steps(twin, q, k, range(at, at + 1), want)
+        copied = native.pages_copied() - copied
         yield Figure("first_step_after_fork", first[0] * 1e6, "us", where)
+        yield Figure("pages_copied_after_fork", copied / plan.routes, "pages/stream", where)
         del memory, twin
+
+
+@case
+def candidates(plan: Plan) -> Iterator[Figure]:
+    """The 4 best distinct successors of token streams, vocabulary 50,000: whole and streaming."""
+    for family in ("hub", "zipf"):
+        short = tokens(family, 500, 40, 1)
+        naive = best_successors_naive(torch.from_numpy(short).long(), 4, None, 1)
+        for got, expected in zip(native.best_successors(short, 4), naive, strict=True):
+            assert np.array_equal(got, expected.numpy()), f"candidates of {family} are wrong"
+        for n in plan.lengths[:3]:
+            ids = tokens(family, n, 50_000, 1)
+            where = {"family": family, "T": n, "candidates": 4}
+            whole_time = best_cpu_time(lambda ids=ids: native.best_successors(ids, 4), plan.repeats)
+            yield Figure("candidates_whole", whole_time / n * 1e9, "ns/token", where)
+            memory = SuffixMemory(1, 1, symbols="int32")
+            start = time.process_time()
+            found = memory.extend(ids[None], ids[None], candidates=4)
+            online = time.process_time() - start
+            want = native.best_successors(ids, 4)[0]
+            assert np.array_equal(found.position[0], want), "streaming and whole differ"
+            yield Figure("candidates_online", online / n * 1e9, "ns/token", where)
 
 
 @case

@@ -95,6 +95,18 @@ def draw(family: str, n: int, bits: int, seed: int) -> tuple[Symbols, Symbols]:
     return q.astype(np.uint8), k.astype(np.uint8)
 
 
+def tokens(family: str, n: int, vocabulary: int, seed: int) -> NDArray[np.int32]:
+    """Token ids ``[1, n]`` below `vocabulary`: `hub` (every other token is the same one) or `zipf`
+    (the most frequent ones are followed by a part of all)."""
+    rng = np.random.default_rng([seed, vocabulary])
+    if family == "hub":
+        out = rng.integers(1, vocabulary, n)
+        out[::2] = 0
+    else:
+        out = np.minimum(np.exp(rng.random(n) * np.log(vocabulary)), vocabulary - 1)
+    return out.astype(np.int32)[None]
+
+
 FAMILIES = (
     "iid", "mk", "mk_self", "constant", "period2", "period2_noisy", "period7", "fibonacci",
     "thue_morse", "de_bruijn", "sqrt_blocks", "runs", "ahead", "one_mark", "binary", "mixed",

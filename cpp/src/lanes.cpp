@@ -28,16 +28,19 @@ std::shared_ptr<Lane> make_lane(const MemoryOptions& o) {
   return make_general(o);
 }
 
-std::shared_ptr<Lane> generalise(const Lane& lane, std::size_t more, const MemoryOptions& o) {
+std::shared_ptr<Lane> generalise(const Lane& lane, std::size_t more, const MemoryOptions& o,
+                                 bool ordered) {
   const std::size_t symbols = lane.length() - lane.start() + more;
   const bool fits = narrow(o) && symbols <= Automaton<false>::kMaxSymbols;
-  return replay(lane, lane.start(), lane.length(),
-                fits ? make_general_of<false>(o) : make_general_of<true>(o), o);
+  auto general = fits ? make_general_of<false>(o) : make_general_of<true>(o);
+  if (ordered) general->keep_order();
+  return replay(lane, lane.start(), lane.length(), std::move(general), o);
 }
 
 std::shared_ptr<Lane> replay(const Lane& from, u32 first, u32 last, std::shared_ptr<Lane> to,
                              const MemoryOptions& o) {
   to->skip(first);
+  if (from.ordered()) to->keep_order();
   i32 position, length;
   for (u32 i = first; i < last; ++i) {
     const bool undoable = i + Lane::kUndoDepth >= last;

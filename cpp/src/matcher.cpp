@@ -174,6 +174,7 @@ void best_successors(const SuccessorCall& call) {
   const std::size_t k = call.candidates;
   parallel_for(call.batch, [&](std::size_t row, unsigned) {
     Stream<Automaton<true>, LinkCut<Flat>> stream;
+    stream.keep_order();
     Candidates candidates;
     const std::size_t at = row * call.time;
     const i32* starts = call.segment_starts ? call.segment_starts + at : nullptr;

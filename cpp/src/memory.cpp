@@ -96,7 +96,7 @@ void SuffixMemory::feed(std::size_t s, const Chunk<T>& chunk, std::size_t begin,
   const std::size_t n = chunk.n, width = chunk.candidates ? chunk.candidates : 1;
   const u8* mask = chunk.mask ? chunk.mask + s / options_.routes * n : nullptr;
   if (!lanes_[s]->has_room(end - begin)) [[unlikely]]
-    lanes_[s] = generalise(*lanes_[s], end - begin, options_);
+    lanes_[s] = generalise(*lanes_[s], end - begin, options_, chunk.candidates != 0);
   Lane* lane = &own(lanes_[s]);
   std::size_t left = end - begin;
   if (mask) left -= static_cast<std::size_t>(std::count(mask + begin, mask + end, u8{0}));
@@ -119,16 +119,16 @@ void SuffixMemory::feed(std::size_t s, const Chunk<T>& chunk, std::size_t begin,
       return lane->step(q, k, undoable, position, length);
     };
     if (step()) continue;
-    lanes_[s] = generalise(*lane, end - i, options_);
+    lanes_[s] = generalise(*lane, end - i, options_, chunk.candidates != 0);
     lane = lanes_[s].get();
     step();
   }
 }
 
-void SuffixMemory::make_room(std::size_t symbols) {
+void SuffixMemory::make_room(std::size_t symbols, bool ordering) {
   const auto needed = [&] {
     std::size_t total = 0;
-    for (const auto& lane : lanes_) total += lane->reserved_after(symbols);
+    for (const auto& lane : lanes_) total += lane->reserved_after(symbols, ordering);
     return total;
   };
   const auto kept = [this](std::size_t row) { return lengths_[row] - starts_[row]; };
@@ -172,7 +172,7 @@ void SuffixMemory::extend(const Chunk<T>& chunk) {
       std::max<std::size_t>(1, (options_.max_bytes / lanes_.size() - kLeastLane) / 1024);
   for (std::size_t at = 0; at < n; at += slice) {
     const std::size_t end = std::min(n, at + slice);
-    make_room(end - at);
+    make_room(end - at, chunk.candidates != 0);
     feed_all(chunk, at, end);
   }
   state_->broken = false;

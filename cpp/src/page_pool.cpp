@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 
@@ -31,6 +32,7 @@ std::mutex g_mutex;
 Slab* g_open = nullptr;  // slabs with room
 u32 g_empty = 0;         // of which wholly free
 std::size_t g_bytes = 0;
+std::atomic<u64> g_copied{0};
 
 /// The pool's lock is held across fork() so that a child never inherits it taken by another thread.
 const int g_registered =
@@ -105,6 +107,18 @@ void recycle_page(void* page) noexcept {
   close(s);
   std::free(s);
   g_bytes -= kSlabBytes;
+}
+
+void* copy_page(void* page) {
+  void* copy = new_page();
+  std::memcpy(copy, page, kPageBytes);
+  release_page(page);
+  g_copied.fetch_add(1, std::memory_order_relaxed);
+  return copy;
+}
+
+u64 pages_copied() {
+  return g_copied.load(std::memory_order_relaxed);
 }
 
 std::size_t pool_bytes() {

@@ -1,4 +1,5 @@
-// Compares the solver and a chunked memory with the definition on inputs that the fuzzer makes up.
+// Compares the solver, a chunked memory and the best distinct successors with their definitions on
+// inputs that the fuzzer makes up.
 // Without libFuzzer (ROSAKIT_FUZZ off) this is a program that draws its inputs: fuzz [seconds]
 // [seed].
 #include <cstdio>
@@ -39,6 +40,31 @@ void solve(const Case& c, const reference::Result& want) {
       q.data(), k.data(), static_cast<u32>(n), c.rule, c.bits,
       Output{got.position.data(), got.length.data(), got.flipped.data(), c.flips, 0, c.flip_at});
   if (got != want) std::abort();
+}
+
+/// Compares the best successors of a token stream at some positions, over a rollback if
+/// `speculate`.
+void compare_candidates(const std::vector<u8>& keys, unsigned k, const Budget& budget,
+                        bool speculate) {
+  const reference::Symbols x(keys.begin(), keys.end());
+  SuffixMemory memory({1, 1, 0, {}, budget.per_symbol, budget.base, 0});
+  std::vector<i32> position(k), length(k);
+  const auto feed = [&](u32 symbol) {
+    const i32 token = static_cast<i32>(symbol);
+    memory.extend(Chunk<i32>{&token, &token, nullptr, position.data(), length.data(), 1, k});
+  };
+  const u32 n = static_cast<u32>(x.size()), stride = 1 + n / 64;
+  for (u32 i = 0; i < n; ++i) {
+    if (speculate && i % 7 == 6) {
+      for (u32 s = 0; s < 5; ++s) feed(x[(i * 5 + s) % n]);
+      memory.truncate(0, i);
+    }
+    feed(x[i]);
+    if (i % stride) continue;
+    const auto want = reference::candidates(x, i, k);
+    for (unsigned c = 0; c < k; ++c)
+      if (length[c] != want[c][0] || position[c] != want[c][1]) std::abort();
+  }
 }
 
 /// Bytes: 6 of options, then q and k interleaved. Returns the positions compared.
@@ -98,7 +124,8 @@ std::size_t compare(const u8* data, std::size_t size) {
     }
   }
   if (got.position != want.position || got.length != want.length) std::abort();
-  return n * 2;
+  compare_candidates(k, 1 + data[1] % 6u, budget, data[5] & 32);
+  return n * 3;
 }
 
 }  // namespace

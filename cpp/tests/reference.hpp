@@ -1,6 +1,9 @@
-// The definition of semantics 2, quadratic, one stream: what the fast code is compared with.
+// The definitions of semantics 2 and 5, quadratic, one stream: what the fast code is compared with.
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <set>
 #include <vector>
 
 #include "rosakit/types.hpp"
@@ -55,6 +58,24 @@ inline Result match(const Symbols& q, const Symbols& k, const Rule& rule, unsign
       out.flipped[i * bits + m] = fresh ? find(a.back() ^ u32{1} << m, ignored) : out.position[i];
   }
   return out;
+}
+
+/// (length, position) of the K best distinct successors at position i of a stream from `start` on.
+inline std::vector<std::array<i32, 2>> candidates(const Symbols& x, u32 i, unsigned k,
+                                                  u32 start = 0) {
+  std::vector<std::array<i32, 2>> all;
+  for (u32 j = start; j < i; ++j) {
+    u32 l = 0;
+    while (start + l <= j && x[j - l] == x[i - l]) ++l;
+    if (l) all.push_back({static_cast<i32>(l), static_cast<i32>(j) + 1});
+  }
+  std::sort(all.rbegin(), all.rend());
+  std::vector<std::array<i32, 2>> best;
+  std::set<u32> seen;
+  for (const auto& c : all)
+    if (best.size() < k && seen.insert(x[static_cast<u32>(c[1])]).second) best.push_back(c);
+  best.resize(k, {0, kNull});
+  return best;
 }
 
 }  // namespace rosakit::reference

@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <thread>
@@ -32,6 +33,29 @@ TEST_CASE("recency tree answers interval maxima") {
     }
   }
 }
+
+#if defined(__linux__)
+TEST_CASE("large blocks are lent again, and not held for ever") {
+  void* first = take_block(5 * kBlockBytes - 1);
+  CHECK(reinterpret_cast<std::uintptr_t>(first) % kBlockBytes == 0);
+  give_block(first, 5 * kBlockBytes - 1);
+  void* other = take_block(7 * kBlockBytes);
+  CHECK(other != first);
+  CHECK(take_block(5 * kBlockBytes) == first);
+  give_block(first, 5 * kBlockBytes);
+  give_block(other, 7 * kBlockBytes);
+  // Sizes that nobody asks for again make room for newer ones: by number, and by bytes.
+  for (std::size_t n = 1; n <= 40; ++n) give_block(take_block(n * kBlockBytes), n * kBlockBytes);
+  std::vector<void*> taken;
+  for (int i = 0; i < 40; ++i) taken.push_back(take_block(kBlockBytes));
+  for (void* block : taken) give_block(block, kBlockBytes);
+  void* large = take_block(200 * kBlockBytes);  // more than is ever held
+  give_block(large, 200 * kBlockBytes);
+  void* last = take_block(kBlockBytes);
+  CHECK(std::find(taken.begin(), taken.end(), last) != taken.end());
+  give_block(last, kBlockBytes);
+}
+#endif
 
 TEST_CASE("paged arrays share until written") {
   PagedArray<u32> a;

@@ -51,9 +51,23 @@ class Automaton {
     states_.clear();
     rows_.reset(bits);
     last_ = length_ = 0;
+    new_lists_.clear();
+    has_lists_ = false;
     State root{};
     root.end = kNull;
     states_.push_back(root);
+  }
+  /// Of an empty automaton: from now on states that many symbols follow keep these in an order,
+  /// latest first, if Stream says when one comes.
+  void keep_order()
+    requires kWide
+  {
+    rows_.keep_order();
+  }
+  bool ordered() const
+    requires kWide
+  {
+    return rows_.ordered();
   }
   void reserve(std::size_t symbols) { states_.reserve(symbols + symbols / 2 + 4); }
 
@@ -99,6 +113,29 @@ class Automaton {
   u32 degree(u32 u) const {
     const State& x = states_[u];
     return has_row(x) ? rows_.used(row_of(x)) : x.next != 0;
+  }
+
+  // --- order of successors ------------------------------------------------------------------
+  /// Whether the successors of `u` are kept in order.
+  bool listed(u32 u) const {
+    const State& x = states_[u];
+    return has_row(x) && rows_.listed(row_of(x));
+  }
+  /// Whether a state other than the root is or was listed.
+  bool has_lists() const { return has_lists_; }
+  /// Of a listed state.
+  u32 first_successor(u32 u) const { return rows_.first(row_of(states_[u])); }
+  void to_front(u32 u, u32 s) { rows_.to_front(row_of(states_[u]), s); }
+  /// Calls f(symbol, target) in order until it returns false.
+  template <class F>
+  void for_each_in_order(u32 u, F&& f) const {
+    rows_.for_each_in_order(row_of(states_[u]), f);
+  }
+  /// Orders the successors of states that have become listed by end(target), latest first.
+  template <class F>
+  void order_new_lists(F&& end) {
+    for (const u32 u : new_lists_) rows_.order(row_of(states_[u]), end);
+    new_lists_.clear();
   }
 
   /// Appends symbol `c` at position length(). Latest ends are not propagated.
@@ -177,6 +214,8 @@ class Automaton {
     else sym_word(x) = e.old;
   }
 
+  std::size_t row_bytes() const { return rows_.reserved_bytes(); }
+  std::size_t row_growth_bytes() const { return rows_.growth_bytes(); }
   std::size_t live_bytes() const { return states_.live_bytes() + rows_.live_bytes(); }
   std::size_t reserved_bytes() const { return states_.reserved_bytes() + rows_.reserved_bytes(); }
 
@@ -255,6 +294,8 @@ class Automaton {
     }
     const u32 id = size();
     states_.push_back(x);
+    for (std::size_t i = 0, n = new_lists_.size(); i < n; ++i)
+      if (new_lists_[i] == t) new_lists_.push_back(id);
     return id;
   }
   void add_transition(u32 p, u32 s, u32 target) {
@@ -264,6 +305,10 @@ class Automaton {
       const RowRef after = rows_.insert(before, s, target);
       if (after.offset != before.offset || after.cls != before.cls || after.used != before.used)
         set_row(p, after);
+      if (rows_.listed(after) && !rows_.listed(before)) {
+        new_lists_.push_back(p);
+        has_lists_ |= p != kRoot;
+      }
     } else if (!x.next) {
       set_next(p, s, target);
     } else {
@@ -281,6 +326,8 @@ class Automaton {
   Rows<kWide, Storage> rows_;
   u32 last_ = 0;
   u32 length_ = 0;
+  Buffer<u32> new_lists_;
+  bool has_lists_ = false;
   Journal* journal_ = nullptr;
 };
 

@@ -9,10 +9,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include "rosakit/blocks.hpp"
 #include "rosakit/types.hpp"
 
 namespace rosakit {
@@ -20,6 +17,7 @@ namespace rosakit {
 template <class T>
 class Buffer {
   static_assert(std::is_trivially_copyable_v<T>);
+  static_assert(sizeof(T) <= 64, "the bytes of a block are told from its capacity");
 
  public:
   Buffer() = default;
@@ -33,7 +31,7 @@ class Buffer {
     swap(other);
     return *this;
   }
-  ~Buffer() { std::free(data_); }
+  ~Buffer() { give_back(); }
 
   T* data() noexcept { return data_; }
   const T* data() const noexcept { return data_; }
@@ -67,7 +65,7 @@ class Buffer {
     if (n) std::memcpy(data_, source, n * sizeof(T));
   }
   void release() noexcept {
-    std::free(data_);
+    give_back();
     data_ = nullptr;
     size_ = capacity_ = 0;
   }
@@ -79,8 +77,15 @@ class Buffer {
 
  private:
   static constexpr std::size_t kAlign = 64;
-  static constexpr std::size_t kHuge = std::size_t{2} << 20;
 
+  static constexpr std::size_t aligned(std::size_t n) {
+    return (n * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+  }
+  void give_back() noexcept {
+    if (const std::size_t bytes = aligned(capacity_); bytes >= kBlockBytes)
+      give_block(data_, bytes);
+    else std::free(data_);
+  }
   void grow(std::size_t needed) {
     const std::size_t bytes = capacity_ * sizeof(T);
     const std::size_t step = bytes < (std::size_t{1} << 16) ? capacity_ : capacity_ / 8;
@@ -88,15 +93,12 @@ class Buffer {
   }
   void reallocate(std::size_t n) {
     if (n > std::numeric_limits<std::size_t>::max() / sizeof(T) / 2) throw std::bad_alloc();
-    std::size_t bytes = (n * sizeof(T) + kAlign - 1) / kAlign * kAlign;
-    const std::size_t align = bytes >= kHuge ? kHuge : kAlign;
-    T* fresh = static_cast<T*>(std::aligned_alloc(align, (bytes + align - 1) / align * align));
+    const std::size_t bytes = aligned(n);
+    T* fresh = static_cast<T*>(bytes >= kBlockBytes ? take_block(bytes)
+                                                    : std::aligned_alloc(kAlign, bytes));
     if (!fresh) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (bytes >= kHuge) madvise(fresh, bytes, MADV_HUGEPAGE);
-#endif
     if (size_) std::memcpy(static_cast<void*>(fresh), data_, size_ * sizeof(T));
-    std::free(data_);
+    give_back();
     data_ = fresh;
     capacity_ = bytes / sizeof(T);
   }

@@ -13,8 +13,8 @@ namespace rosakit {
 ///
 /// What follows a state also follows its ancestors, so only ancestors with more successors than the
 /// last state's have something new: at most k states are looked at, whatever the length of the
-/// chain (Stream::wider finds them in O(log T) amortised). Looking at one costs the number of its
-/// successors.
+/// chain (Stream::wider finds them in O(log T) amortised). States with many successors keep them in
+/// order if the stream does (Stream::keep_order): of those at most k are looked at, too.
 class Candidates {
  public:
   /// Returns the successors looked at.
@@ -26,12 +26,25 @@ class Candidates {
     seen_.clear();
     for (u32 u = at.state, n = at.length; u && n >= min_length;
          u = stream.wider(u), n = stream.tree.len(u)) {
+      if constexpr (Stream::kMayOrder) {
+        if (stream.tree.listed(u)) {
+          stream.tree.for_each_in_order(u, [&](u32 symbol, u32 target) {
+            ++looked;
+            if (!seen(symbol)) {
+              position[found] = base + stream.latest(target);
+              length[found++] = static_cast<i32>(n);
+              seen_.push_back(symbol);
+            }
+            return found < k;
+          });
+          if (found == k) break;
+          continue;
+        }
+      }
       round_.clear();
       stream.tree.for_each(u, [&](u32 symbol, u32 target) {
         ++looked;
-        for (u32 s : seen_)
-          if (s == symbol) return;
-        round_.push_back({stream.latest(target), symbol});
+        if (!seen(symbol)) round_.push_back({stream.latest(target), symbol});
       });
       const std::size_t take = std::min<std::size_t>(k - found, round_.size());
       std::partial_sort(round_.data(), round_.data() + take, round_.data() + round_.size(),
@@ -51,6 +64,12 @@ class Candidates {
   }
 
  private:
+  bool seen(u32 symbol) const {
+    for (u32 s : seen_)
+      if (s == symbol) return true;
+    return false;
+  }
+
   struct Next {
     i32 end;
     u32 symbol;

@@ -110,7 +110,7 @@ class CompactLane final : public Lane {
     return sizeof *this + undo_.reserved_bytes() + tree_.reserved_bytes() +
            symbols_.reserved_bytes();
   }
-  std::size_t reserved_after(std::size_t n) const override {
+  std::size_t reserved_after(std::size_t n, bool) const override {
     constexpr std::size_t kGeneral = 192;  // worst bytes a symbol of the lane that takes over
     return reserved_bytes() + (size_ + n) * kGeneral;
   }

@@ -15,7 +15,7 @@ class Journal {
   struct Mark {
     u32 entries;  // before the step
     u32 states, rows;
-    u32 scalars[11];
+    u32 scalars[12];
   };
 
   bool on() const { return on_; }

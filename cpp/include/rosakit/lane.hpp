@@ -32,9 +32,13 @@ class Lane {
   /// changes nothing, where the stream has become one for a general lane.
   virtual bool step(u32 q, u32 k, bool undoable, i32* position, i32* length) = 0;
   /// Feeds one position of a self-matching stream and collects its best successors; the same
-  /// return.
+  /// return, also where the lane has symbols but does not keep their successors in order.
   virtual bool step_candidates(u32 token, unsigned candidates, bool undoable, i32* position,
                                i32* length) = 0;
+  /// Whether the successors of states with many of them are kept in order, for step_candidates;
+  /// and, of an empty lane, makes it so if it knows such states.
+  virtual bool ordered() const { return false; }
+  virtual void keep_order() {}
   /// Takes back what lies past `length`; false, and nothing changed, where that is too far back.
   virtual bool undo_to(u32 length) = 0;
   /// Of an empty lane: lets its stream start at `position`.
@@ -45,8 +49,9 @@ class Lane {
   virtual bool self() const = 0;  // query and keys are equal so far
   virtual std::size_t live_bytes() const = 0;
   virtual std::size_t reserved_bytes() const = 0;
-  /// No less than reserved_bytes() will be after `n` more symbols.
-  virtual std::size_t reserved_after(std::size_t n) const = 0;
+  /// No less than reserved_bytes() will be after `n` more symbols; `ordering`: and after the lane
+  /// has been replaced, if need be, by one that keeps successors in order.
+  virtual std::size_t reserved_after(std::size_t n, bool ordering) const = 0;
 };
 
 }  // namespace rosakit

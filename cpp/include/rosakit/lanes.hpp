@@ -10,8 +10,10 @@ namespace rosakit {
 /// change from one kind to the other would need room for both at once.
 std::shared_ptr<Lane> make_lane(const MemoryOptions& o);
 
-/// A general lane in the place of one that refuses to go on, with room for `more` symbols.
-std::shared_ptr<Lane> generalise(const Lane& lane, std::size_t more, const MemoryOptions& o);
+/// A general lane in the place of one that refuses to go on, with room for `more` symbols;
+/// `ordered` (or if `lane` is): one that keeps successors in order.
+std::shared_ptr<Lane> generalise(const Lane& lane, std::size_t more, const MemoryOptions& o,
+                                 bool ordered = false);
 
 /// Feeds the symbols first..last of `from` to the empty lane `to`, as a stream that starts there;
 /// returns the lane that took them.

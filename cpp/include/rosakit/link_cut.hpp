@@ -19,9 +19,16 @@ namespace rosakit {
 template <class Storage>
 class LinkCut {
  public:
-  static constexpr u32 kAreaFirst = 4, kAreaLast = 7;  // of the journal: a node's four words
+  // Areas of the journal: a node's four words, and the groups of the last mark.
+  static constexpr u32 kAreaFirst = 4, kAreaLast = 7, kAreaGroup = 24;
+  static constexpr bool is_area(u32 area) {
+    return (area >= kAreaFirst && area <= kAreaLast) || area == kAreaGroup;
+  }
 
-  void clear() { nodes_.clear(); }
+  void clear() {
+    nodes_.clear();
+    groups_.clear();
+  }
   u32 size() const { return static_cast<u32>(nodes_.size()); }
   void resize(u32 n) { nodes_.resize(n); }
   void set_journal(Journal* journal) { journal_ = journal; }
@@ -44,17 +51,27 @@ class LinkCut {
 
   /// Makes `value` the latest end of `u` and of everything above it.
   void mark(u32 u, i32 value) {
+    forget_groups();
     splay(u);
     detach_lower(u);
+    note_group(u);
     for (u32 w = u, p; (p = nodes_[w].parent) != 0; w = p) {
       ++steps_;
       splay(p);
       detach_lower(p);
       set(p, &Node::right, w);
+      note_group(p);
     }
     splay(u);
     set(u, &Node::value, value);
   }
+
+  /// From the next mark on, `groups` is kept.
+  void keep_groups() { grouped_ = true; }
+  /// The states last marked fall into groups of equal latest ends before: the lowest state of each
+  /// group, downmost group first.
+  const Buffer<u32>& groups() const { return groups_; }
+  void resize_groups(u32 n) { groups_.resize(n); }
 
   i32 latest(u32 u) {
     splay(u);
@@ -80,6 +97,11 @@ class LinkCut {
   u64 steps() const { return steps_; }
 
   void undo(const Journal::Entry& e) {
+    if (e.area == kAreaGroup) {
+      if (e.index >= groups_.size()) groups_.resize(e.index + 1);
+      groups_[e.index] = e.old;
+      return;
+    }
     Node& n = nodes_.mut(e.index);
     if (e.area == kAreaFirst) n.left = e.old;
     else if (e.area == kAreaFirst + 1) n.right = e.old;
@@ -87,8 +109,10 @@ class LinkCut {
     else n.value = static_cast<i32>(e.old);
   }
 
-  std::size_t live_bytes() const { return nodes_.live_bytes(); }
-  std::size_t reserved_bytes() const { return nodes_.reserved_bytes(); }
+  std::size_t live_bytes() const { return nodes_.live_bytes() + groups_.size() * sizeof(u32); }
+  std::size_t reserved_bytes() const {
+    return nodes_.reserved_bytes() + groups_.capacity() * sizeof(u32);
+  }
 
  private:
   /// In a splay tree, left is nearer the root of the suffix links. `parent` of a splay tree's root
@@ -108,6 +132,15 @@ class LinkCut {
         journal_->note(kAreaFirst + offset / 4, u, static_cast<u32>(n.*field));
       }
     n.*field = value;
+  }
+  void forget_groups() {
+    if constexpr (Storage::template Array<Node>::kShared)
+      if (journal_->state_floor())
+        for (u32 i = 0; i < groups_.size(); ++i) journal_->note(kAreaGroup, i, groups_[i]);
+    groups_.clear();
+  }
+  void note_group(u32 lowest) {
+    if (grouped_) groups_.push_back(lowest);
   }
   bool is_top(u32 u) const {
     const u32 p = nodes_[u].parent;
@@ -155,6 +188,8 @@ class LinkCut {
   }
 
   typename Storage::template Array<Node> nodes_;
+  Buffer<u32> groups_;
+  bool grouped_ = false;
   Journal* journal_ = nullptr;
   u64 steps_ = 0;
 };

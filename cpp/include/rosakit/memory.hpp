@@ -85,7 +85,7 @@ class SuffixMemory {
   void feed(std::size_t stream, const Chunk<T>& chunk, std::size_t begin, std::size_t end);
   template <class T>
   void feed_all(const Chunk<T>& chunk, std::size_t begin, std::size_t end);
-  void make_room(std::size_t symbols);
+  void make_room(std::size_t symbols, bool ordering);
   void evict(std::size_t row, i64 keep);
 
   class Use;

@@ -34,6 +34,11 @@ inline void release_page(void* page) {
   if (page_references(page).fetch_sub(1, std::memory_order_acq_rel) == 1) recycle_page(page);
 }
 
+/// A unique page with the contents of a shared one, which loses a reference.
+void* copy_page(void* page);
+/// Pages copied so far, by all memories of the process: what forks cost after the fact.
+u64 pages_copied();
+
 /// Bytes of slabs held from the system, by all memories of the process.
 std::size_t pool_bytes();
 

@@ -6,10 +6,13 @@
 // Narrow (symbols < 256): entries are target << 8 | symbol, filled from the front; from 32 entries
 // on, or once as wide as the alphabet, a row is indexed by the symbol and holds bare targets.
 // Wide: entries are {symbol, target}; from 16 entries on they are hashed with linear probing, and
-// rows of more than a page are separate blocks ("big").
+// rows of a page and more are separate blocks ("big"). On request (`keep_order`) rows of 32 entries
+// and more are lists as well: {next, previous} of each place follow the entries, and place 0 is no
+// entry but both ends of the list.
 // An absent entry has target 0, the root, which no transition leads to.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <memory>
@@ -50,6 +53,10 @@ class Rows {
     free_.fill(0);
     big_.clear();
   }
+  /// Wide, and before the first row: from now on long rows keep an order (see `to_front`).
+  void keep_order() { ordered_ = true; }
+  bool ordered() const { return ordered_; }
+  bool listed(RowRef row) const { return listed(row.cls); }
 
   u32 find(RowRef row, u32 s) const {
     const u32* r = words(row);
@@ -89,7 +96,7 @@ class Rows {
   void for_each(RowRef row, F&& f) const {
     const u32* r = words(row);
     if constexpr (kWide) {
-      for (u32 i = 0; i < capacity(row.cls); ++i)
+      for (u32 i = listed(row); i < capacity(row.cls); ++i)
         if (r[2 * i + 1]) f(r[2 * i], r[2 * i + 1]);
     } else if (row.cls == direct_) {
       for (u32 s = 0; s < sigma_; ++s)
@@ -144,7 +151,12 @@ class Rows {
     RowRef grown = make_class(next_class(row.cls));
     mut_words(row);  // its page is ours before both rows are in use
     u32* r = mut_words(grown);
-    for_each(row, [&](u32 symbol, u32 t) { fill(r, grown, symbol, t); });
+    if (listed(row)) {
+      const u32 *old = words(row), *links = old + links_at(row);
+      for (u32 i = links[1]; i; i = links[2 * i + 1]) fill(r, grown, old[2 * i], old[2 * i + 1]);
+    } else {
+      for_each(row, [&](u32 symbol, u32 t) { fill(r, grown, symbol, t); });
+    }
     fill(r, grown, s, target);
     recycle(row);
     return grown;
@@ -161,6 +173,56 @@ class Rows {
     return twin;
   }
 
+  // --- order of listed rows -----------------------------------------------------------------
+  // A symbol that is added comes first, except that a row which has just become a list has none
+  // yet.
+
+  /// The first symbol of a listed row.
+  u32 first(RowRef row) const {
+    const u32* r = words(row);
+    return r[2 * r[links_at(row)]];
+  }
+  /// Makes `s` the first symbol of a listed row, if it is there.
+  void to_front(RowRef row, u32 s) {
+    const u32* r = words(row);
+    const u32 links = links_at(row), at = probe(r, row.cls, s);
+    if (!r[at]) return;
+    const u32 i = at / 2, next = r[links + 2 * i], previous = r[links + 2 * i + 1];
+    poke(row, links + 2 * previous, next);
+    poke(row, links + 2 * next + 1, previous);
+    link_first(words(row), row, i, [&](u32 word, u32 value) { poke(row, word, value); });
+  }
+  /// Calls f(symbol, target) in the order of a listed row until it returns false.
+  template <class F>
+  void for_each_in_order(RowRef row, F&& f) const {
+    const u32 *r = words(row), *links = r + links_at(row);
+    for (u32 i = links[0]; i; i = links[2 * i])
+      if (!f(r[2 * i], r[2 * i + 1])) return;
+  }
+  /// Orders a listed row by key(target), greatest first.
+  template <class F>
+  void order(RowRef row, F&& key) {
+    struct Place {
+      i32 key;
+      u32 place;
+    };
+    Buffer<Place> places;
+    const u32* r = words(row);
+    for (u32 i = 1; i < capacity(row.cls); ++i)
+      if (r[2 * i + 1]) places.push_back({key(r[2 * i + 1]), i});
+    std::sort(places.data(), places.data() + places.size(),
+              [](const Place& a, const Place& b) { return a.key > b.key; });
+    const u32 links = links_at(row);
+    u32 previous = 0;
+    for (const Place& p : places) {
+      poke(row, links + 2 * previous, p.place);
+      poke(row, links + 2 * p.place + 1, previous);
+      previous = p.place;
+    }
+    poke(row, links + 2 * previous, 0);
+    poke(row, links + 1, previous);
+  }
+
   // --- journal ------------------------------------------------------------------------------
   void set_journal(Journal* journal) { journal_ = journal; }
   u32 size_in_units() const { return static_cast<u32>(words_.size() / 2); }
@@ -172,18 +234,24 @@ class Rows {
   }
 
   const void* address(RowRef row) const { return words(row); }
+  /// No less than all big rows grow by if each has to grow once.
+  std::size_t growth_bytes() const { return big_bytes(); }
   std::size_t live_bytes() const { return words_.live_bytes() + big_bytes(); }
   std::size_t reserved_bytes() const { return words_.reserved_bytes() + big_bytes(); }
 
  private:
-  static constexpr u32 kBigClass = 9;  // wide: 4096-byte rows are class 8
+  static constexpr u32 kBigClass = 8;     // wide: lists of class 7 have 4096 bytes
+  static constexpr u32 kListedClass = 4;  // wide: if ordered, the first class of lists
+  static constexpr u32 kNoSymbol = ~u32{0};
   using Words = typename Storage::template Array<u32>;
   using Big = std::shared_ptr<Buffer<u32>>;
 
   static constexpr u32 capacity(u32 cls) { return u32{2} << cls; }
   static constexpr bool hashed(u32 cls) { return cls >= 3; }
   static constexpr bool is_big(u32 cls) { return kWide && cls >= kBigClass; }
-  static constexpr u32 word_count(u32 cls) { return capacity(cls) * (kWide ? 2 : 1); }
+  bool listed(u32 cls) const { return kWide && ordered_ && cls >= kListedClass; }
+  u32 word_count(u32 cls) const { return capacity(cls) * (kWide ? 2 : 1) << listed(cls); }
+  static constexpr u32 links_at(RowRef row) { return 2 * capacity(row.cls); }
   u32 next_class(u32 cls) const {
     if constexpr (kWide) return cls + 1;
     else return cls + 1 >= direct_ || cls >= 3 ? direct_ : cls + 1;
@@ -236,6 +304,15 @@ class Rows {
       if (!r[2 * i + 1] || r[2 * i] == s) return 2 * i + 1;
   }
 
+  /// Puts place `i` of a listed row, which is in no list, before all others.
+  template <class Set>
+  static void link_first(const u32* r, RowRef row, u32 i, Set&& set) {
+    const u32 links = links_at(row), next = r[links];
+    set(links + 2 * i, next);
+    set(links + 2 * i + 1, 0u);
+    set(links + 2 * next + 1, i);
+    set(links, i);
+  }
   /// Puts an absent symbol into a row with room whose former words have been noted.
   void fill(u32* r, RowRef& row, u32 s, u32 target) {
     if constexpr (kWide) {
@@ -248,6 +325,7 @@ class Rows {
       }
       r[at - 1] = s;
       r[at] = target;
+      if (listed(row)) link_first(r, row, at / 2, [r](u32 word, u32 value) { r[word] = value; });
     } else if (row.cls == direct_) {
       r[s] = target;
     } else {
@@ -272,6 +350,8 @@ class Rows {
       }
       poke(row, at - 1, s);
       poke(row, at, target);
+      if (listed(row))
+        link_first(words(row), row, at / 2, [&](u32 word, u32 value) { poke(row, word, value); });
     } else if (row.cls == direct_) {
       poke(row, s, target);
     } else {
@@ -283,11 +363,23 @@ class Rows {
     return true;
   }
 
+  /// With lists, the words between those of the longest plain row and of the shortest list.
+  u32 size_of_none() const { return ordered_ ? 2 * word_count(kListedClass - 1) : 0; }
+  /// The class of rows of that many words.
+  u32 class_of(u32 words) const {
+    return static_cast<u32>(std::countr_zero(words / word_count(0))) -
+           (ordered_ && words > size_of_none());
+  }
+
   RowRef make_class(u32 cls) {
     const RowRef row = allocate(cls);
     if (!is_big(cls)) {
       note_words(row);
       std::memset(mut_words(row), 0, std::size_t{word_count(cls)} * 4);
+    }
+    if (listed(cls)) {  // taken by no symbol
+      u32* r = mut_words(row);
+      r[0] = r[1] = kNoSymbol;
     }
     return row;
   }
@@ -312,11 +404,10 @@ class Rows {
     const u32 n = word_count(cls);
     std::size_t at = words_.size();
     while (at & (n - 1)) {  // the gap before an aligned row becomes smaller rows
-      const u32 gap = u32{1} << std::countr_zero(at);
+      u32 gap = u32{1} << std::countr_zero(at);
+      if (gap == size_of_none()) gap /= 2;
       words_.resize(at + gap);
-      if (gap >= word_count(0))
-        recycle(
-            {static_cast<u32>(std::countr_zero(gap / word_count(0))), static_cast<u32>(at / 2), 0});
+      if (gap >= word_count(0)) recycle({class_of(gap), static_cast<u32>(at / 2), 0});
       at += gap;
     }
     if (at / 2 >= (kWide ? ~u32{0} : (u32{1} << 31) - 1))
@@ -344,6 +435,7 @@ class Rows {
   std::vector<Big> big_;
   u32 sigma_ = 256;  // narrow: the alphabet
   u32 direct_ = 7;   // narrow: the class whose capacity is sigma_
+  bool ordered_ = false;
   Journal* journal_ = nullptr;
 };
 

@@ -112,12 +112,8 @@ class PagedArray {
   static T* items(std::uintptr_t page) { return static_cast<T*>(address(page)); }
   static std::uintptr_t fresh() { return reinterpret_cast<std::uintptr_t>(new_page()); }
   static void own(std::uintptr_t& page) {
-    if (!page_is_unique(address(page))) {
-      void* copy = new_page();
-      std::memcpy(copy, address(page), kPageBytes);
-      release_page(address(page));
-      page = reinterpret_cast<std::uintptr_t>(copy);
-    }
+    if (!page_is_unique(address(page)))
+      page = reinterpret_cast<std::uintptr_t>(copy_page(address(page)));
     page &= ~kSharedBit;
   }
 

@@ -42,10 +42,11 @@ template <class Tree_, class Forest = NoForest>
 struct Stream {
   using Tree = Tree_;
   static constexpr bool kMayLink = !std::is_same_v<Forest, NoForest>;
+  static constexpr bool kMayOrder = requires(Tree t) { t.ordered(); };
   Tree tree;
   Forest forest;  // in use if `linked`
   Cursor at;
-  u64 chain_steps = 0, wider_steps = 0;
+  u64 chain_steps = 0, wider_steps = 0, order_steps = 0;
   bool linked = false;
   Budget budget;  // streaming only: past it, `forest` takes over
   u32 brink = 0;  // if `linked`: states of strings up to this long are walked
@@ -56,24 +57,35 @@ struct Stream {
     tree.reset(bits);
     forest.clear();
     at = {};
-    chain_steps = wider_steps = 0;
+    chain_steps = wider_steps = order_steps = 0;
     linked = false;
+  }
+
+  /// Of an empty stream: keeps the successors of states with many of them in order (Candidates).
+  void keep_order()
+    requires kMayOrder
+  {
+    tree.keep_order();
+    if constexpr (kMayLink) forest.keep_groups();
   }
 
   /// Advances a self-matching stream by one symbol and returns its match: the newest state's link
   /// is the longest suffix that occurred before.
   Hit append_self(u32 key) {
+    touch(key);
     const Appended a = tree.append(key);
     const i32 position = static_cast<i32>(tree.length() - 1);
     at.state = tree.link(a.state);
     at.length = tree.len(at.state);
     const Hit found = hit();
     chain_steps += tree.propagate(a.state, position);
+    order_new_lists();
     return found;
   }
 
   /// Appends a key, makes it known to every state it ends in, and keeps the cursor's state right.
   u32 append(u32 key) {
+    touch(key);
     const Appended a = tree.append(key);
     const i32 position = static_cast<i32>(tree.length() - 1);
     if (a.clone && a.split == at.state && at.length <= tree.len(a.clone)) at.state = a.clone;
@@ -89,10 +101,12 @@ struct Stream {
         }
         forest.mark(a.state, position);
         mark_shallow(key, a, position);
+        order_new_lists();
         return a.state;
       }
     }
     chain_steps += tree.propagate(a.state, position);
+    order_new_lists();
     return a.state;
   }
   bool over_budget() const { return !linked && chain_steps > budget.at(tree.length()); }
@@ -200,6 +214,52 @@ struct Stream {
   }
 
  private:
+  /// Before `key` is appended: makes it the first successor of the listed states that the keys end
+  /// in and that it follows already; of the others it becomes the first when it is added.
+  ///
+  /// In all of a stream, at most O(T log T) states have another first successor than the key to
+  /// come: in the suffix tree of the keys a state's string is an inner node, an occurrence of it is
+  /// a visit to the leaf of the suffix that starts there, and every leaf is visited once; see
+  /// docs/decisions/core-suffix-memory.md. Past the change the others are passed over in groups.
+  void touch(u32 key) {
+    if constexpr (kMayOrder) {
+      if (!tree.has_lists()) return;
+      u32 walked = tree.last();
+      if constexpr (kMayLink) {
+        if (linked) {
+          if (!shallow(walked)) touch_deep(key);
+          walked = low.state;
+        }
+      }
+      for (; walked; walked = tree.link(walked), ++order_steps)
+        if ((!linked || shallow(walked)) && tree.listed(walked) &&
+            tree.first_successor(walked) != key)
+          tree.to_front(walked, key);
+    }
+  }
+  /// The same for deep states, which since the last mark lie on one solid path, listed ones at its
+  /// top. Those of one group had the same latest end, so the same symbol came first in them.
+  void touch_deep(u32 key)
+    requires kMayLink
+  {
+    const Buffer<u32>& groups = forest.groups();
+    std::size_t g = 0;
+    u32 u = forest.lowest_above(tree.last(), [this](u32 w) { return tree.listed(w); });
+    for (; u && !shallow(u); ++order_steps) {
+      if (tree.first_successor(u) != key) {
+        tree.to_front(u, key);
+        u = tree.link(u);
+        continue;
+      }
+      for (; g < groups.size() && tree.len(groups[g]) >= tree.len(u); ++g) ++order_steps;
+      u = g < groups.size() ? groups[g] : 0;
+    }
+  }
+  void order_new_lists() {
+    if constexpr (kMayOrder)
+      if (tree.ordered()) tree.order_new_lists([this](u32 t) { return latest(t); });
+  }
+
   bool shallow(u32 u) const { return tree.len(u) <= brink; }
   u32 deep_link(u32 u) const { return shallow(tree.link(u)) ? 0 : tree.link(u); }
 

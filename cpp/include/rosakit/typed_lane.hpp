@@ -57,6 +57,12 @@ class TypedLane final : public Lane {
   }
   bool step_candidates(u32 token, unsigned candidates, bool undoable, i32* position,
                        i32* length) override {
+    if constexpr (kWide) {
+      if (!ordered()) {
+        if (keys_.size()) return false;
+        keep_order();
+      }
+    }
     feed(token, token, undoable);
     static thread_local Candidates scratch;
     work_ += scratch.collect(stream(), stream().at, candidates, rule_.min_length,
@@ -64,10 +70,19 @@ class TypedLane final : public Lane {
     return true;
   }
 
+  bool ordered() const override {
+    if constexpr (kWide) return stream().tree.ordered();
+    else return false;
+  }
+  void keep_order() override {
+    if constexpr (kWide) stream().keep_order();
+  }
+
   /// Steps taken so far whose number the input decides, for tests of their bounds: link steps,
   /// rotations, keys compared, successors looked at.
   u64 work() const {
-    u64 total = work_ + stream().chain_steps + stream().wider_steps + stream().forest.steps();
+    u64 total = work_ + stream().chain_steps + stream().wider_steps + stream().order_steps +
+                stream().forest.steps();
     if constexpr (kRun) total += engine_.walked;
     return total;
   }
@@ -96,12 +111,14 @@ class TypedLane final : public Lane {
            sum([](const auto& part) { return part.reserved_bytes(); });
   }
 
-  std::size_t reserved_after(std::size_t n) const override {
+  std::size_t reserved_after(std::size_t n, bool ordering) const override {
     constexpr std::size_t kGrowth = 256;  // states, rows, nodes and symbols
     constexpr std::size_t kSlack =
         12 * kPageBytes;  // pages begun, copies of shared ones, the journal
     const std::size_t change_over = stream().linked ? 0 : stream().tree.size() * std::size_t{16};
-    return reserved_bytes() + n * kGrowth + change_over + kSlack;
+    const auto& tree = stream().tree;
+    const std::size_t lists = kWide && ordering && !ordered() ? tree.row_bytes() : 0;
+    return reserved_bytes() + n * kGrowth + change_over + tree.row_growth_bytes() + lists + kSlack;
   }
 
  private:
@@ -164,6 +181,7 @@ class TypedLane final : public Lane {
     mark.scalars[3] = stream().at.length;
     mark.scalars[9] = stream().low.state;
     mark.scalars[10] = stream().low.length;
+    mark.scalars[11] = static_cast<u32>(stream().forest.groups().size());
     if constexpr (kRun) {
       mark.scalars[4] = engine_.positions;
       mark.scalars[5] = static_cast<u32>(engine_.newest);
@@ -176,8 +194,7 @@ class TypedLane final : public Lane {
     }
   }
   void undo_entry(const Journal::Entry& e) {
-    if (e.area >= LinkCut<Paged>::kAreaFirst && e.area <= LinkCut<Paged>::kAreaLast)
-      stream().forest.undo(e);
+    if (LinkCut<Paged>::is_area(e.area)) stream().forest.undo(e);
     else stream().tree.undo(e);
   }
   void undo_mark(const Journal::Mark& mark) {
@@ -185,6 +202,7 @@ class TypedLane final : public Lane {
     if (stream().linked) stream().forest.resize(mark.states);
     stream().at = {mark.scalars[2], mark.scalars[3]};
     stream().low = {mark.scalars[9], mark.scalars[10]};
+    stream().forest.resize_groups(mark.scalars[11]);
     if constexpr (kRun) {
       engine_.positions = mark.scalars[4];
       engine_.newest = static_cast<i32>(mark.scalars[5]);

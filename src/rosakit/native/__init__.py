@@ -6,7 +6,7 @@ False and every call raises `BackendError` with the reason.
 
 from __future__ import annotations
 
-from rosakit.native._load import available, num_threads, set_num_threads
+from rosakit.native._load import available, num_threads, pages_copied, set_num_threads
 from rosakit.native.matcher import best_successors, match, match_into
 from rosakit.native.memory import SuffixMemory
 
@@ -17,5 +17,6 @@ __all__ = [
     "match",
     "match_into",
     "num_threads",
+    "pages_copied",
     "set_num_threads",
 ]

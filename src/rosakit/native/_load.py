@@ -44,6 +44,18 @@ def num_threads() -> int:
     return int(core().num_threads())
 
 
+def pages_copied() -> int:
+    """Pages of 4 KiB that memories of this process copied so far.
+
+    Forks share their pages and copy one when they first write to it: the difference of two calls
+    tells what a fork cost after the fact.
+
+    Raises:
+        BackendError: the C++ core is not built.
+    """
+    return int(core().pages_copied())
+
+
 def set_num_threads(n: int) -> None:
     """Set the number of threads that one call of the core may use, 1 to 1024."""
     if not 1 <= n <= 1024:
