@@ -99,7 +99,8 @@ def softened(
     )
     soft = y.transpose(1, 2).flatten(2).to(v.dtype)
     if hard is not None:
-        soft = soft + (hard - soft).detach()
+        # In this order the sum is the hard output itself, not a rounding away from it.
+        soft = hard.detach() + (soft - soft.detach())
     return soft, found
 
 
