@@ -170,8 +170,6 @@ def main(arguments: list[str] | None = None) -> int:
         use(engine_name)
         for name in args.estimators:
             what = {"engine": engine_name, "estimator": name}
-            if "window" in ESTIMATORS[name] and engine_name != "cuda":
-                continue  # tensor operations, the same with both
             try:
                 good &= _measure_all(what, args, deadline, content, write)
             except Exception as failure:  # one form that fails must not take the others with it
@@ -207,12 +205,10 @@ def _measure_all(
     for length in args.lengths:
         left = deadline - time.monotonic()
         expected = slowest * length**2 * 1e-3
-        if ESTIMATORS[name] and length > 4096:
-            continue  # block by block: seconds, and linear in memory like the others
         if left < 3 * expected:
             content["left_out"].append({**what, "length": length, "why": "time"})
             continue
-        repeats = args.repeats if expected < 0.3 and not ESTIMATORS[name] else 2
+        repeats = args.repeats if expected < 0.3 else 2
         row = {**what, **measure(name, length, args.routes, repeats), "error": off}
         slowest = row["milliseconds"] / length**2
         content["rows"].append(row)
