@@ -416,6 +416,26 @@ __device__ __forceinline__ void flush(const Backward& b, int first, int count) {
   __syncwarp();
 }
 
+// Whether row i + window, of the same segment, was met on the way up.
+__device__ __forceinline__ bool was_met(const Backward& b, int i) {
+  const int below = i + b.n.window;
+  return below < b.n.length && (!PACKED || b.starts[below] == b.starts[i]);
+}
+
+// What leaves the window at rows i .. i + HELD - 1, asked for together and before it is needed. Of
+// a window of fewer rows some is not written yet: `backward_rows` asks for that itself.
+__device__ __forceinline__ void fetch_gone(const Backward& b, int i, int turn,
+                                           float (&gone)[HELD][P]) {
+  if (b.n.window < HELD) return;
+#pragma unroll
+  for (int h = HELD - 1; h >= 0; --h) {
+    turn = (turn ? turn : b.n.window) - 1;
+    const bool met = was_met(b, i + h);
+#pragma unroll
+    for (int p = 0; p < P; ++p) gone[h][p] = met ? b.ring[(turn * P + p) * 32 + b.lane] : 0.0f;
+  }
+}
+
 constexpr int BACK_ROWS = 32 / M < HELD ? 32 / M : HELD;  // rows whose dq is reduced at once
 
 // Rows i + U + HELD - 1 down to i + U from the state t, c before them.
@@ -430,6 +450,8 @@ __device__ __forceinline__ void backward_rows(const Backward& b, int i, float (&
 #pragma unroll
   for (int p = 0; p < P; ++p) t_before[p] = t[p], c_held[0][p] = c[p];
   if (FILL) fill<U>(b, i, keys, old);
+  float gone[HELD][P];
+  if (WINDOWED) fetch_gone(b, i + U, turn, gone);
 #pragma unroll
   for (int h = 0; h < HELD; ++h) {
     const int u = U + h;
@@ -459,12 +481,7 @@ __device__ __forceinline__ void backward_rows(const Backward& b, int i, float (&
     fetch(query, b.q + (i64)place * M);
     fetch(g, b.g + (i64)place * V);
     const float lse = b.lse[place], delta = b.delta[place];
-    bool leaves_window = false;  // whether row i + u + window, of the same segment, was met
-    if (WINDOWED) {
-      const int below = i + u + n.window;
-      leaves_window = below < n.length && (!PACKED || b.starts[below] == row.start);
-      turn = (turn ? turn : n.window) - 1;
-    }
+    if (WINDOWED) turn = (turn ? turn : n.window) - 1;
     float* sums = row_sums + h % BACK_ROWS * M;
 #pragma unroll
     for (int m = 0; m < M; ++m) sums[m] = 0.0f;
@@ -502,11 +519,11 @@ __device__ __forceinline__ void backward_rows(const Backward& b, int i, float (&
         ca[p] = newest ? 0.0f : dc;
       } else if (WINDOWED) {
         float* ring = b.ring + (turn * P + p) * 32 + b.lane;
-        const float gone = leaves_window ? *ring : 0.0f;
+        if (n.window < HELD) gone[h][p] = was_met(b, i + u) ? *ring : 0.0f;
         const bool whole = FULL || d + n.window - 1 <= row.reach;
         const float r = whole ? ta[p] * window_product(c_held[h + 1][p], n) : 0.0f;
         *ring = r;
-        ca[p] += r - gone;
+        ca[p] += r - gone[h][p];
         da = dt * state - ca[p];  // of log a
         ta[p] = dt * a;
       } else {
