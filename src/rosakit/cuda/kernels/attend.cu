@@ -451,7 +451,6 @@ __device__ __forceinline__ void backward_rows(const Backward& b, int i, float (&
   for (int p = 0; p < P; ++p) t_before[p] = t[p], c_held[0][p] = c[p];
   if (FILL) fill<U>(b, i, keys, old);
   float gone[HELD][P];
-  if (WINDOWED) fetch_gone(b, i + U, turn, gone);
 #pragma unroll
   for (int h = 0; h < HELD; ++h) {
     const int u = U + h;
@@ -471,6 +470,7 @@ __device__ __forceinline__ void backward_rows(const Backward& b, int i, float (&
       t_held[h][p] = t[p], c_held[h + 1][p] = c[p];
     }
   }
+  if (WINDOWED) fetch_gone(b, i + U, turn, gone);
   float row_sums[BACK_ROWS * M];
 #pragma unroll
   for (int h = HELD - 1; h >= 0; --h) {
