@@ -25,8 +25,8 @@ _REALS = ("slope", "bias", "sharp", "cap", "peak")
 _SWITCHES = ("SCAN", "UTILITY", "OFFSET", "CAPPED", "PACKED", "DROPOUT", "WINDOWED")
 
 # By the channels of a key and its value together: diagonals a lane and warps a multiprocessor, as
-# measured on an H100 (docs/estimators/fused.md). A window of keys and its sums live in registers;
-# evidence of a window holds the keys that leave it as well.
+# measured on an H100, with a window on an H200 (docs/estimators/fused.md). A window of keys and its
+# sums live in registers; evidence of a window holds the keys that leave it as well.
 _SIZES = {
     # (backward, windowed): (most channels, diagonals a lane, warps a multiprocessor), ...
     (False, False): ((8, 8, 12), (16, 4, 12), (32, 2, 12)),

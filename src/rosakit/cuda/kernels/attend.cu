@@ -424,15 +424,15 @@ __device__ __forceinline__ bool was_met(const Backward& b, int i) {
 
 // What leaves the window at rows i .. i + HELD - 1, asked for together and before it is needed. Of
 // a window of fewer rows some is not written yet: `backward_rows` asks for that itself.
-__device__ __forceinline__ void fetch_gone(const Backward& b, int i, int turn,
+__device__ __forceinline__ void fetch_gone(const Backward& b, int i, int ring_row,
                                            float (&gone)[HELD][P]) {
   if (b.n.window < HELD) return;
 #pragma unroll
   for (int h = HELD - 1; h >= 0; --h) {
-    turn = (turn ? turn : b.n.window) - 1;
+    ring_row = (ring_row ? ring_row : b.n.window) - 1;
     const bool met = was_met(b, i + h);
 #pragma unroll
-    for (int p = 0; p < P; ++p) gone[h][p] = met ? b.ring[(turn * P + p) * 32 + b.lane] : 0.0f;
+    for (int p = 0; p < P; ++p) gone[h][p] = met ? b.ring[(ring_row * P + p) * 32 + b.lane] : 0.0f;
   }
 }
 
@@ -444,7 +444,7 @@ __device__ __forceinline__ void backward_rows(const Backward& b, int i, float (&
                                               float (&c)[P], float (&ta)[P], float (&ca)[P],
                                               float (&keys)[P][M], float (&old)[P][M],
                                               float (&values)[P][V], float (&dk)[P][M],
-                                              float (&dw)[P][V], int& turn) {
+                                              float (&dw)[P][V], int& ring_row) {
   const Numbers& n = b.n;
   float a_held[HELD][P], t_held[HELD][P], c_held[HELD + 1][P], t_before[P];
 #pragma unroll
@@ -470,7 +470,7 @@ __device__ __forceinline__ void backward_rows(const Backward& b, int i, float (&
       t_held[h][p] = t[p], c_held[h + 1][p] = c[p];
     }
   }
-  if (WINDOWED) fetch_gone(b, i + U, turn, gone);
+  if (WINDOWED) fetch_gone(b, i + U, ring_row, gone);
   float row_sums[BACK_ROWS * M];
 #pragma unroll
   for (int h = HELD - 1; h >= 0; --h) {
@@ -481,7 +481,7 @@ __device__ __forceinline__ void backward_rows(const Backward& b, int i, float (&
     fetch(query, b.q + (i64)place * M);
     fetch(g, b.g + (i64)place * V);
     const float lse = b.lse[place], delta = b.delta[place];
-    if (WINDOWED) turn = (turn ? turn : n.window) - 1;
+    if (WINDOWED) ring_row = (ring_row ? ring_row : n.window) - 1;
     float* sums = row_sums + h % BACK_ROWS * M;
 #pragma unroll
     for (int m = 0; m < M; ++m) sums[m] = 0.0f;
@@ -518,7 +518,7 @@ __device__ __forceinline__ void backward_rows(const Backward& b, int i, float (&
         ta[p] = dt;
         ca[p] = newest ? 0.0f : dc;
       } else if (WINDOWED) {
-        float* ring = b.ring + (turn * P + p) * 32 + b.lane;
+        float* ring = b.ring + (ring_row * P + p) * 32 + b.lane;
         if (n.window < HELD) gone[h][p] = was_met(b, i + u) ? *ring : 0.0f;
         const bool whole = FULL || d + n.window - 1 <= row.reach;
         const float r = whole ? ta[p] * window_product(c_held[h + 1][p], n) : 0.0f;
@@ -629,7 +629,7 @@ extern "C" __global__ void __launch_bounds__(32, RESIDENT)
         march<false, false, 0, GROUP>(b, i, t, c, keys, old);
     }
     float ta[P], ca[P], dk_window[P][M], dw_window[P][V];
-    int slot = 0;  // of the ring
+    int ring_row = 0;
     const int end = groups * GROUP - 1;
 #pragma unroll
     for (int p = 0; p < P; ++p) {
@@ -652,11 +652,11 @@ extern "C" __global__ void __launch_bounds__(32, RESIDENT)
       if (full) {
         march<true, true, 0, HELD>(b, i, t, c, keys, old);
         backward_rows<true, false, HELD>(b, i, t, c, ta, ca, keys, old, values, dk_window,
-                                         dw_window, slot);
+                                         dw_window, ring_row);
       } else {
         march<false, true, 0, HELD>(b, i, t, c, keys, old);
         backward_rows<false, false, HELD>(b, i, t, c, ta, ca, keys, old, values, dk_window,
-                                          dw_window, slot);
+                                          dw_window, ring_row);
       }
 #pragma unroll
       for (int p = 0; p < P; ++p) {
@@ -665,10 +665,10 @@ extern "C" __global__ void __launch_bounds__(32, RESIDENT)
       }
       if (full)
         backward_rows<true, true, 0>(b, i, t, c, ta, ca, keys, old, values, dk_window, dw_window,
-                                     slot);
+                                     ring_row);
       else
         backward_rows<false, true, 0>(b, i, t, c, ta, ca, keys, old, values, dk_window,
-                                     dw_window, slot);
+                                     dw_window, ring_row);
     }
     __syncwarp();
   }

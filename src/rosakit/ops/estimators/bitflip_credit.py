@@ -221,8 +221,8 @@ def credit(
     arguments = (grad, q, k, v, e0, e1, e_null)
     options: dict[str, Any] = {"bits": bits, "match": match, "unmatched": unmatched, "tied": tied}
     phases = (phase, stride - 1 - phase) if stride > 1 else (0,)
-    drawn = _weights(q, bits, phases, stride)
-    flips = int(-(-drawn.numel() // stride)) * len(phases) * (2 if tied == NONE else 1)
+    # All routes flip together, so their number does not count.
+    flips = -(-q.shape[1] * bits // stride) * len(phases) * (2 if tied == NONE else 1)
     few = stride > 1 and flips * SWEEP_FLIPS < q.shape[1]
     sweep = None if few else _sweep(q, bits, match)
     if sweep is None:
@@ -231,9 +231,10 @@ def credit(
     if stride == 1:
         return found
     warn_once(
-        f"rosakit: bitflip(stride={stride}) draws {flips} flips, and all flips at once cost less; "
-        "stride=1 is as fast here, and exact"
+        f"rosakit: bitflip(stride={stride}) draws so many flips that they are taken out of a sweep "
+        "over all of them; stride=1 costs the same here, and is exact"
     )
+    drawn = _weights(q, bits, phases, stride)
     return found[0] * drawn, found[1] * drawn
 
 

@@ -33,11 +33,11 @@ def attend(
     if form.window >= q.shape[2]:  # sees everything
         form = form._replace(window=0)
     reason = triton.unavailable_reason(q.device, form, q.shape[-1], w.shape[-1])
-    linear = bool(fused) or (fused is None and q.device.type != "cpu")
+    linear = q.device.type != "cpu" if fused is None else fused
     if form.window and linear and reason is not None:
         return attend_blocks(q, k, w, null, starts, form, seed)
     if fused is None:
-        fused = reason is None and q.device.type != "cpu"
+        fused = linear and reason is None
         if q.device.type == "cuda" and reason is not None:
             warn_once(f"rosakit: {reason}, so pairs of positions are weighed in quadratic memory")
     if not fused:

@@ -113,8 +113,10 @@ def description(q: Tensor, packed: bool, options: tuple[Any, ...]) -> dict[str, 
     }
 
 
-_NUMBERS = ("T", "length", "routes", "window")
-_REALS = ("slope", "bias", "sharp", "cap", "peak", "threshold", "inverse")
+_NUMBERS = (
+    *("T", "length", "routes", "window", "slope", "bias", "sharp", "cap", "peak"),
+    *("threshold", "inverse"),
+)
 _SWITCHES = ("gate", "scan", "utility", "offset", "capped", "packed", "dropout", "windowed")
 
 
@@ -125,7 +127,7 @@ def _arguments(
     return {
         "starts_ptr": q if starts is None else starts,
         "seed_ptr": q if seed is None else seed,
-        **{name: form[name] for name in (*_NUMBERS, *_REALS)},
+        **{name: form[name] for name in _NUMBERS},
         **{name.upper(): form[name] for name in _SWITCHES},
         "M": q.shape[2],
         "CH": vector(q.shape[2]),

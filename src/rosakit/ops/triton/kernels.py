@@ -248,7 +248,7 @@ def row_gradient(
         gone = tl.where(met, tl.load(ring), 0.0)
         whole = valid & (d + window - 1 <= i - start)
         new = tl.where(whole, ta * power(c * (-LOG2E * slope)), 0.0)
-        tl.debug_barrier()
+        tl.debug_barrier()  # another row's numbers lie where these go
         tl.store(ring, new)
         tl.debug_barrier()
         ca += new - gone
