@@ -32,6 +32,7 @@ VARIANTS = {
     "untied": {"tied_start": False},
     "token": {"address": "token"},
     "narrow": {"routes": 2},
+    "grouped": {"value_groups": 2, "own_value": True},
     "shared": {"shared_qk": True},
     "margin": {"credit_margin": 1.0},
     "tiers": {"address": "token", "length_tiers": (1, 2)},
@@ -85,6 +86,33 @@ def test_forward_is_projections_match_and_read():
     assert torch.equal(context.matches[0].position, match.position)
 
 
+@pytest.mark.parametrize("estimator", ["counterfactual", "bitflip", "suffix_attention", "soft_dp"])
+def test_grouped_values_are_repeated_heads(estimator):
+    """Like an adapter whose value projection repeats each head's rows; gradients are their sum."""
+    torch.manual_seed(3)
+    options = {"bits": 2, "routes": 6, "estimator": estimator, "own_value": True}
+    grouped = RosaAdapter(12, value_groups=3, dtype=torch.float64, **options)
+    plain = RosaAdapter(12, dtype=torch.float64, **options)
+    for projection in (grouped.o_proj, grouped.own_proj):
+        torch.nn.init.normal_(projection.weight)
+    state = grouped.state_dict()
+    heads = state["projections.w_v.weight"]
+    assert heads.shape == (4, 12)
+    wide = heads.unflatten(0, (2, 1, 2)).expand(-1, 3, -1, -1).flatten(0, 2)
+    plain.load_state_dict({**state, "projections.w_v.weight": wide})
+    u = torch.randn(2, 30, 12, dtype=torch.float64)
+    results = []
+    for adapter in (grouped, plain):
+        out = adapter(u, RosaContext())
+        out.square().sum().backward()
+        results.append((out, {n: p.grad for n, p in adapter.named_parameters()}))
+    (got, grads), (expected, wanted) = results
+    torch.testing.assert_close(got, expected)
+    summed = wanted["projections.w_v.weight"].unflatten(0, (2, 3, 2)).sum(1).flatten(0, 1)
+    for name, grad in {**wanted, "projections.w_v.weight": summed}.items():
+        torch.testing.assert_close(grads[name], grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_control_never_looks_back():
     """With retrieve=False no output depends on an earlier position."""
     torch.manual_seed(2)
@@ -125,6 +153,8 @@ def test_token_address_respects_min_length():
         ({"bits": 5}, "choose bits that divide 16"),
         ({"bits": 0}, "1..16"),
         ({"routes": 0}, "at least 1"),
+        ({"value_groups": 3}, r"divide the number of routes \(4\), got 3"),
+        ({"value_groups": 0}, "divide the number of routes"),
         ({"inject": "middle"}, "inject must be one of"),
         ({"address": "psychic"}, "address must be one of"),
         ({"estimator": "none"}, "unknown estimator"),

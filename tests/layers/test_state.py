@@ -72,10 +72,12 @@ def streamed(adapter, u, sizes, mask=None):
 
 @pytest.mark.parametrize("unmatched", ["zero", "self", "null"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_states_on_the_device_give_the_same_numbers(device, unmatched, padded):
+@pytest.mark.parametrize("value_groups", [1, 3])
+def test_states_on_the_device_give_the_same_numbers(device, unmatched, padded, value_groups):
     """ "auto" moves to the host on the way, "cuda" stays, "cpu" never was there."""
     torch.manual_seed(1)
-    adapter = RosaAdapter(24, bits=4, routes=3, unmatched=unmatched).to(device)
+    options = {"unmatched": unmatched, "value_groups": value_groups}
+    adapter = RosaAdapter(24, bits=4, routes=3, **options).to(device)
     torch.nn.init.normal_(adapter.o_proj.weight)
     u = torch.randn(3, 24)[torch.randint(0, 3, (2, 30))].to(device)
     mask = None

@@ -13,8 +13,9 @@ from rosakit import native
 from rosakit.errors import InvalidInputError
 from rosakit.native import bitflip as native_bitflip
 from rosakit.ops import rosa
+from rosakit.ops.estimators import bitflip_credit
 from rosakit.ops.estimators.bitflip import slope_of
-from rosakit.ops.estimators.bitflip_credit import credit_core, credit_naive
+from rosakit.ops.estimators.bitflip_credit import credit, credit_core, credit_naive
 from rosakit.ops.estimators.registry import MatchOptions
 from rosakit.symbols import pack, unpack
 from tests.ops import brute
@@ -174,6 +175,49 @@ def test_sampling_is_unbiased(stride, tied):
         mean = torch.stack([s[which] for s in sampled]).mean(0)
         torch.testing.assert_close(mean, exact[which])
         assert (sampled[0][which] == 0).sum() > (exact[which] == 0).sum()
+
+
+@needs_core
+@pytest.mark.parametrize("tied", ["none", "qk", "qkv"])
+@pytest.mark.parametrize("stride", [2, 5, 8, 60])
+def test_a_sample_is_the_same_however_it_is_found(stride, tied, monkeypatch):
+    """Flip by flip, or left over from the one sweep; odd strides draw one comb twice."""
+    q, k, v, e0, e1, grad = example(33, 2, 3, batch=2)
+    q, v = (k if tied != "none" else q), (k if tied == "qkv" else v)
+    starts = torch.zeros(2, 33, dtype=torch.int32)
+    starts[:, 20:] = 20
+    starts[1, 30:] = -1
+    options = {"bits": 3, "match": MatchOptions(segment_starts=starts), "unmatched": "zero"}
+    for phase in {0, stride // 2, stride - 1}:
+        arguments = (grad, q, k, v, e0, e1, None)
+        monkeypatch.setattr(bitflip_credit, "SWEEP_FLIPS", 0)  # every sample counts as few flips
+        one_by_one = credit(*arguments, **options, tied=tied, phase=phase, stride=stride)
+        monkeypatch.setattr(bitflip_credit, "SWEEP_FLIPS", 10**6)
+        swept = credit(*arguments, **options, tied=tied, phase=phase, stride=stride)
+        for a, b in zip(swept, one_by_one, strict=True):
+            torch.testing.assert_close(a, b)
+        assert one_by_one[0].any()
+
+
+@needs_core
+def test_few_flips_of_a_long_stream_are_matched_one_by_one(monkeypatch):
+    """The sweep takes all pairs of positions: a sample of few flips must not pay for it.
+
+    Routes flip together, so their number makes a sample no larger.
+    """
+    q, k, v, e0, e1, grad = example(400, 3, 1)
+
+    def refuse(*_, **__):
+        raise AssertionError("swept")
+
+    def gradient(stride):
+        y = rosa(q.requires_grad_(), k, v, e0, e1, bits=1, estimator="bitflip", stride=stride)
+        return torch.autograd.grad(y, q, grad)[0]
+
+    monkeypatch.setattr(bitflip_credit, "credit_core", refuse)
+    assert gradient(200).shape == q.shape  # 8 flips
+    with pytest.raises(AssertionError, match="swept"):
+        gradient(100)  # 16 flips, more than 400 / 32
 
 
 def test_random_phases_converge_to_the_exact_gradient():

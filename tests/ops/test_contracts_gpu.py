@@ -56,15 +56,14 @@ def test_recomputation_changes_nothing(case):
 
 
 @pytest.mark.parametrize("case", FIXED)
-def test_one_graph(case):
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_one_graph(case, backend):
     torch._dynamo.reset()
     leaves = [torch.randn(1, 24, 4, device="cuda").requires_grad_() for _ in range(3)]
     levels = -torch.ones(4, device="cuda"), torch.ones(4, device="cuda")
     slope = torch.randn(1, 24, 4, device="cuda")
     expected = torch.autograd.grad(call(case, *leaves, *levels), leaves, slope)
-    compiled = torch.compile(
-        lambda *x: call(case, *x, *levels), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda *x: call(case, *x, *levels), fullgraph=True, backend=backend)
     got = torch.autograd.grad(compiled(*leaves), leaves, slope)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import torch
 from rosakit.errors import BackendError
 from rosakit.ops import rosa
 from rosakit.ops.estimators.pairwise import Form, attend_naive
-from rosakit.ops.triton.engine import TritonEngine, unavailable_reason
+from rosakit.ops.triton.engine import TritonEngine, engine_for, unavailable_reason
 
 BITS = {"gate": "sigmoid", "slope": 2.0, "bias": -1.5}
 HAMMING = {"gate": "exp", "slope": 0.4, "bias": -1.0}
@@ -42,6 +43,14 @@ CASES = {
         *(17, 1, 2, 2, True, False),
     ),
     "suffix-T50": ({**HAMMING, **UTILITY, "recurrence": "dp"}, 50, 1, 4, 3, False, False),
+    "window3-T41": (
+        {**HAMMING, **UTILITY, "recurrence": "dp", "window": 3},
+        *(41, 1, 4, 3, False, False),
+    ),
+    "window4-packed-T50": (
+        {**HAMMING, **UTILITY, "recurrence": "dp", "window": 4, "dropout": 0.2},
+        *(50, 1, 2, 2, True, True),
+    ),
     "suffix-dropout-T9": (
         {**HAMMING, **UTILITY, "recurrence": "dp", "dropout": 0.3},
         *(9, 2, 1, 1, False, True),
@@ -59,6 +68,8 @@ def problem(case, device: str, fused, naive=attend_naive) -> dict[str, float]:
         return torch.randn(2, routes, length, channels, generator=g, dtype=torch.float64)
 
     q, k = draw(width).tanh(), draw(width).tanh()
+    if form.window:  # symbols are signs, and evidence needs some that agree
+        q, k = q.sign(), torch.where(k > -0.7, q, k).sign()
     if form.gate == "identity":
         q, k = q.softmax(-1), k.softmax(-1)
     leaves = [q, k, draw(values)] + ([draw(values)] if with_null else [])
@@ -99,7 +110,7 @@ def errors() -> dict[str, dict[str, float]]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("rosakit.ops.triton.pairwise.engine_for", lambda device: TritonEngine())
             found = {name: compare(name, "cuda") for name in CASES}
-            _opcheck("cuda")
+            opcheck("cuda")
         return found | {"opcheck": {}}
     root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")])
@@ -136,6 +147,13 @@ def test_cuda_kernels_are_naive(name):
         assert error < 1e-4, what
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_opcheck_passes_with_the_cuda_kernels():
+    assert isinstance(engine_for(torch.device("cuda")), ModuleType)  # CUDA C++, not Triton
+    opcheck("cuda", (*UTILITIES, "test_aot_dispatch_static", "test_aot_dispatch_dynamic"))
+
+
 def test_asking_for_the_kernels_where_they_cannot_run_is_an_error(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     q, k, v = torch.randn(3, 1, 8, 4)
@@ -152,14 +170,24 @@ def test_asking_for_the_kernels_where_they_cannot_run_is_an_error(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("length", [63, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("estimator", ["soft_dp", "soft_scan", "suffix_attention"])
-def test_estimators_on_the_gpu(length, dtype, estimator):
+@pytest.mark.parametrize(
+    ("estimator", "more"),
+    [
+        ("soft_dp", {}),
+        ("soft_scan", {}),
+        ("suffix_attention", {}),
+        ("suffix_attention", {"window": 1}),
+        ("suffix_attention", {"window": 32, "unmatched": "self"}),
+    ],
+)
+def test_estimators_on_the_gpu(length, dtype, estimator, more):
     inputs = [x.to(dtype) for x in torch.randn(3, 2, length, 8, device="cuda")]
     levels = [x.to(dtype) for x in torch.randn(2, 8, device="cuda")]
     results = []
     for cast, fused in ((dtype, True), (torch.float64, False)):
         leaves = [x.to(cast).requires_grad_() for x in inputs]
-        y = rosa(*leaves, *(x.to(cast) for x in levels), bits=4, estimator=estimator, fused=fused)
+        options = {"bits": 4, "estimator": estimator, "fused": fused, **more}
+        y = rosa(*leaves, *(x.to(cast) for x in levels), **options)
         results.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y))))
     ratio = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
     for name, got, expected in zip(("y", "dq", "dk", "dv"), *results, strict=True):
@@ -168,27 +196,48 @@ def test_estimators_on_the_gpu(length, dtype, estimator):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_memory_grows_linearly():
+@pytest.mark.parametrize(
+    "options",
+    [{"estimator": "soft_scan"}, {"estimator": "suffix_attention", "window": 32}],
+    ids=["scan", "window"],
+)
+def test_memory_grows_linearly(options):
     peaks = []
     for length in (1024, 2048, 4096):
         leaves = [x.requires_grad_() for x in torch.randn(3, 1, length, 2048, device="cuda")]
         levels = torch.randn(2, 2048, device="cuda")
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        rosa(*leaves, *levels, bits=4, estimator="soft_scan").sum().backward()
+        rosa(*leaves, *levels, bits=4, **options).sum().backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[2] < 2.5 * peaks[1]
     assert peaks[1] < 2.5 * peaks[0]
 
 
-def _opcheck(device: str = "cpu") -> None:
-    q, k, w = torch.randn(3, 2, 16, 2, device=device).requires_grad_()  # [H, T, M]
-    gate = ("sigmoid", 2.0, -1.5)
-    torch.library.opcheck(
-        torch.ops.rosakit.attend.default,
-        (q, k, w, w.new_empty(0), None, None, 9, 2, *gate, True, False, 1.5, 1, 0, 1, 0.0),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )
+UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def opcheck(device: str, utilities: tuple[str, ...] = UTILITIES) -> None:
+    """The operator's schema, fake kernel and autograd: whole suffixes, and a window."""
+    q, k, w = torch.randn(3, 2, 16, 2, device=device)  # [H, T, M]
+    starts = torch.zeros(1, 16, dtype=torch.int32, device=device)
+    starts[:, 4:] = 4
+    starts[:, 9:] = -1
+    seed = torch.tensor([7], device=device)
+    leaves = [x.requires_grad_() for x in (q, k, w)]
+    for tensors, gate, rest in (
+        ((w.new_empty(0), None, None), ("sigmoid", 2.0, -1.5, True, False), (1, 0, 1, 0, 0.0)),
+        (
+            (torch.randn_like(w).requires_grad_(), starts, seed),
+            ("exp", 0.75, -1.5, False, True),
+            (1, 0, 1, 3, 0.2),
+        ),
+    ):
+        torch.library.opcheck(
+            torch.ops.rosakit.attend.default,
+            (*leaves, *tensors, 9, 2, *gate, 1.5, *rest),
+            test_utils=utilities,
+        )
 
 
 def _small_strips(dense: bool) -> None:
@@ -204,7 +253,7 @@ if __name__ == "__main__":
     for number, case in enumerate(CASES):
         _small_strips(dense=number % 2 == 0)
         measured[case] = compare(case, "cpu")
-    _opcheck()
+    opcheck("cpu")
     print(json.dumps({**measured, "opcheck": {}}))
 
 

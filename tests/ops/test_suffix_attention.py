@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rosakit.errors import InvalidInputError
 from rosakit.ops import rosa
-from rosakit.ops.estimators.suffix_attention import share_values
+from rosakit.ops.value_heads import share_values
 
 
 def example(length=15, routes=2, bits=2, batch=1, seed=0, dtype=torch.float64):

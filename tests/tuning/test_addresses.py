@@ -35,6 +35,9 @@ from tests.tuning.tiny import attached, build, pad_rows, positions_of, tokens
 
 KINDS = {
     "shared": {"shared_qk": True},
+    "grouped": {"value_groups": 2},
+    "grouped_shared": {"value_groups": 4, "share_projections": True, "projection_rank": None},
+    "grouped_token": {"value_groups": 2, "address": "token", "unmatched": "null"},
     "candidates": {"address": "token", "address_candidates": 2, "length_tiers": (1, 2, 3)},
     "far": {"address": "token", "far_distance": 9, "length_tiers": (1, 2)},
     "hash": {"address": "hash", "bits": 8, "hash_orders": (1, 2, 3)},

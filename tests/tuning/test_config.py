@@ -40,6 +40,8 @@ def test_every_field_has_help():
         ({"bits": 0}, "bits must be at least 1"),
         ({"bits": 17}, "bits must be at most 16"),
         ({"routes": 0}, "routes must be at least 1"),
+        ({"value_groups": 0}, "value_groups must be at least 1"),
+        ({"routes": 6, "value_groups": 4}, r"divide the number of routes \(6\), got 4"),
         ({"min_length": 0}, "min_length must be at least 1"),
         ({"max_length": 2, "min_length": 3}, "nothing could ever match"),
         ({"inject": "before"}, "one of post_attn, pre_attn; got 'before'"),

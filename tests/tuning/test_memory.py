@@ -69,6 +69,7 @@ def test_a_windows_memory_does_not_grow_with_the_context():
         {"window": None},
         {"routes": 2, "projection_rank": 3},
         {"routes": 2, "share_projections": True},
+        {"routes": 4, "value_groups": 2},
     ],
     ids=str,
 )

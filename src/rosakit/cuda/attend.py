@@ -20,31 +20,38 @@ GROUP = 8
 
 _HELD = 4
 _GATES = {"sigmoid": 0, "identity": 1, "exp": 2}
-_ORDER = ("T", "length", "routes", "workers")
-_REALS = ("slope", "bias", "sharp", "cap")
-_SWITCHES = ("SCAN", "UTILITY", "OFFSET", "CAPPED", "PACKED", "DROPOUT")
+_ORDER = ("T", "length", "routes", "workers", "window")
+_REALS = ("slope", "bias", "sharp", "cap", "peak")
+_SWITCHES = ("SCAN", "UTILITY", "OFFSET", "CAPPED", "PACKED", "DROPOUT", "WINDOWED")
 
 # By the channels of a key and its value together: diagonals a lane and warps a multiprocessor, as
-# measured on an H100 (docs/estimators/fused.md). A window of keys and its sums live in registers.
-_FORWARD = ((8, 8, 12), (16, 4, 12), (32, 2, 12))
-_BACKWARD = ((8, 2, 16), (16, 2, 12), (32, 1, 12))
+# measured on an H100, with a window on an H200 (docs/estimators/fused.md). A window of keys and its
+# sums live in registers; evidence of a window holds the keys that leave it as well.
+_SIZES = {
+    # (backward, windowed): (most channels, diagonals a lane, warps a multiprocessor), ...
+    (False, False): ((8, 8, 12), (16, 4, 12), (32, 2, 12)),
+    (True, False): ((8, 2, 16), (16, 2, 12), (32, 1, 12)),
+    (False, True): ((8, 4, 16), (16, 4, 12), (32, 2, 12)),
+    (True, True): ((8, 2, 12), (16, 1, 12), (32, 1, 12)),
+}
 
 
-def diagonals(width: int, values: int, *, backward: bool) -> int:
+def diagonals(q: Tensor, w: Tensor, form: Mapping[str, Any], *, backward: bool) -> int:
     """Diagonals a lane."""
-    return _chosen(width + values, backward)[0]
+    return _chosen(q, w, form, backward)[0]
 
 
-def _chosen(channels: int, backward: bool) -> tuple[int, int]:
-    sizes = _BACKWARD if backward else _FORWARD
+def _chosen(q: Tensor, w: Tensor, form: Mapping[str, Any], backward: bool) -> tuple[int, int]:
+    channels = q.shape[2] + w.shape[2]
+    sizes = _SIZES[backward, bool(form["windowed"])]
     return next((lanes, resident) for most, lanes, resident in sizes if channels <= most)
 
 
-def workers(q: Tensor, w: Tensor, length: int, *, backward: bool) -> int:
+def workers(q: Tensor, w: Tensor, form: Mapping[str, Any], *, backward: bool) -> int:
     """Workers a stream: whole waves of warps, as nearly as it goes, and never more than strips."""
-    per_lane, resident = _chosen(q.shape[2] + w.shape[2], backward)
+    per_lane, resident = _chosen(q, w, form, backward)
     count = torch.cuda.get_device_properties(q.device).multi_processor_count * resident
-    return balanced(q.shape[0], -(-length // (32 * per_lane)), count)
+    return balanced(q.shape[0], -(-int(form["length"]) // (32 * per_lane)), count)
 
 
 def balanced(streams: int, strips: int, resident: int) -> int:
@@ -58,13 +65,13 @@ def balanced(streams: int, strips: int, resident: int) -> int:
     return max(range(1, most + 1), key=lambda each: (round(filled(each), 2), -each))
 
 
-def macros(width: int, values: int, form: Mapping[str, Any], *, backward: bool) -> dict[str, int]:
+def macros(q: Tensor, w: Tensor, form: Mapping[str, Any], *, backward: bool) -> dict[str, int]:
     """What a kernel is compiled for: sizes, switches of the form, registers."""
-    per_lane, resident = _chosen(width + values, backward)
+    per_lane, resident = _chosen(q, w, form, backward)
     return {
         "BACKWARD": int(backward),
-        "M": width,
-        "V": values,
+        "M": q.shape[2],
+        "V": w.shape[2],
         "P": per_lane,
         "RESIDENT": resident,
         "GATE": _GATES[form["gate"]],
@@ -108,7 +115,7 @@ def forward(
         top, total: ``[H, W, T]``; out: ``[H, W, T, V]``.
         form: gate, slope, bias and the others of `_SWITCHES`, `_REALS` and `_ORDER`.
     """
-    per_lane = diagonals(q.shape[2], w.shape[2], backward=False)
+    per_lane = diagonals(q, w, form, backward=False)
     kernel = _kernel(q, w, form, backward=False)
     kept = [q.contiguous(), permuted(k, per_lane), permuted(w, per_lane), starts, seed]
     arguments = [compile.pointer(x) for x in (*kept, top, total, out)]
@@ -129,26 +136,33 @@ def backward(
     form: Mapping[str, Any],
 ) -> None:
     """Adds every worker's share to `gradients` ``[H, W, T, ...]`` of q, k and w."""
-    per_lane = diagonals(q.shape[2], w.shape[2], backward=True)
+    per_lane = diagonals(q, w, form, backward=True)
     kernel = _kernel(q, w, form, backward=True)
     workers = gradients[0].shape[1]
     marks = torch.empty(marks_size(q, w, workers, form), device=q.device)
+    ring = torch.empty(ring_size(q, w, workers, form), device=q.device)
     kept = [q.contiguous(), permuted(k, per_lane), permuted(w, per_lane), grad.contiguous()]
     kept += [lse.contiguous(), delta.contiguous()]
-    arguments = [compile.pointer(x) for x in (*kept, starts, seed, *gradients, marks)]
+    arguments = [compile.pointer(x) for x in (*kept, starts, seed, *gradients, marks, ring)]
     shared = _HELD * (q.shape[2] + w.shape[2]) * 4
     kernel.launch((q.shape[0] * workers, 1, 1), 32, shared, arguments + numbers(form, workers))
 
 
 def marks_size(q: Tensor, w: Tensor, workers: int, form: Mapping[str, Any]) -> int:
     """Numbers that the states of all strips in work take: linear in T."""
-    per_lane = diagonals(q.shape[2], w.shape[2], backward=True)
-    states = (2 if form["scan"] else 1) * per_lane
+    per_lane = diagonals(q, w, form, backward=True)
+    states = (2 if form["scan"] or form["windowed"] else 1) * per_lane
     return q.shape[0] * workers * (q.shape[1] // GROUP + 1) * 32 * states
+
+
+def ring_size(q: Tensor, w: Tensor, workers: int, form: Mapping[str, Any]) -> int:
+    """Numbers that the last `window` rows of all strips in work take on the way up."""
+    per_lane = diagonals(q, w, form, backward=True)
+    return q.shape[0] * workers * int(form["window"]) * 32 * per_lane
 
 
 def _kernel(q: Tensor, w: Tensor, form: Mapping[str, Any], *, backward: bool) -> compile.Kernel:
     name = "attend_backward" if backward else "attend_forward"
     with torch.cuda.device(q.device):
-        chosen = macros(q.shape[2], w.shape[2], form, backward=backward)
+        chosen = macros(q, w, form, backward=backward)
         return compile.load(("attend.cu",), (name,), chosen, q.device)[name]

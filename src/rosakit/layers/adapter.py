@@ -25,6 +25,7 @@ from rosakit.ops.match import check_options as check_match_options
 from rosakit.ops.match import suffix_match
 from rosakit.ops.retrieve import retrieve
 from rosakit.ops.rosa import rosa
+from rosakit.ops.value_heads import check_value_groups, share_values
 from rosakit.types import NO_MATCH, Granularity, Match, Successor, Unmatched
 
 Inject = Literal["post_attn", "pre_attn"]
@@ -64,6 +65,8 @@ class RosaAdapter(nn.Module):
         successor: "available" or "strict"; run granularity only.
         max_length: longer matches count as this long; None for no limit.
         min_length: a shorter best match is no match.
+        value_groups: this many neighbouring routes read one value head: ``W_v`` has ``C /
+            value_groups`` outputs, and the gradient of a head is the sum over its routes.
         own_value: adds the position's own value as a second input of ``W_o``.
         retrieve: False is the control: every retrieved value is the position's own.
         address: "learned" (projections q and k); "token": the exact token-id match, then the
@@ -122,6 +125,7 @@ class RosaAdapter(nn.Module):
         successor: Successor = "available",
         max_length: int | None = None,
         min_length: int = 1,
+        value_groups: int = 1,
         own_value: bool = False,
         retrieve: bool = True,
         address: Address = "learned",
@@ -153,6 +157,7 @@ class RosaAdapter(nn.Module):
         symbols.symbol_dtype(bits)
         if routes < 1:
             raise InvalidInputError(f"routes must be at least 1, got {routes}")
+        check_value_groups(value_groups, routes)
         for name, value, allowed in (
             ("inject", inject, ("post_attn", "pre_attn")),
             ("unmatched", unmatched, ("zero", "self", "null")),
@@ -196,6 +201,7 @@ class RosaAdapter(nn.Module):
         self.inject, self.unmatched = inject, unmatched
         self.granularity, self.successor = granularity, successor
         self.max_length, self.min_length = max_length, min_length
+        self.value_groups = value_groups
         self.own_value, self.retrieve, self.address = own_value, retrieve, address
         self.tied_start, self.layer_index = tied_start, layer_index
         self.backend = backend
@@ -217,6 +223,7 @@ class RosaAdapter(nn.Module):
                 hidden_size,
                 channels,
                 rank,
+                values=channels // value_groups,
                 addresses=self.learns_address,
                 own_value=own_value,
                 tied_start=tied_start,
@@ -280,7 +287,7 @@ class RosaAdapter(nn.Module):
 
     @property
     def channels(self) -> int:
-        """Width ``R * M`` of q, k, v and y."""
+        """Width ``R * M`` of q, k and y, and of the values that routes read."""
         return self.routes * self.bits
 
     def reset_parameters(self) -> None:
@@ -337,7 +344,7 @@ class RosaAdapter(nn.Module):
         if self._decodes(context):
             y, v, match = self._decode(u, context)
         else:
-            v = self.v_proj(u)
+            v = self._shared(self.v_proj(u))
             y, match = self._read(u, v, context, begun)
         if match is not None and context.records(self.layer_index):
             context.matches[self.layer_index] = match
@@ -345,6 +352,10 @@ class RosaAdapter(nn.Module):
         if self.own_proj is not None:
             out = out + self.own_proj(self._own(v))
         return out
+
+    def _shared(self, v: Tensor) -> Tensor:
+        """Value heads ``[B, T, C / value_groups]`` as every route reads them, ``[B, T, C]``."""
+        return v if self.value_groups == 1 else share_values(v, self.value_groups, self.bits)
 
     def _own(self, v: Tensor) -> Tensor:
         """Every position's own value: the read of a stream that matches itself."""
@@ -586,6 +597,7 @@ class RosaAdapter(nn.Module):
         batch, length, _ = u.shape
         state = context.states.growing(self, batch, length)
         channels, joined = self.projections.addresses_and_values(u, context.states.copies)
+        channels[-1] = self._shared(channels[-1])
         levels = self.e0, self.e1, self.e_null
         match: Match | None
         if isinstance(state, AdapterState):

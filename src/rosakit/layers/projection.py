@@ -170,7 +170,8 @@ class Projections(nn.Module):
 
     Args:
         hidden_size: width H of the model.
-        channels: width C of q, k, v and y.
+        channels: width C of q, k and y.
+        values: width of ``W_v``'s output, where routes share value heads; None for C.
         rank: rank of each map; None for whole matrices.
         addresses: whether there are ``W_q`` and ``W_k``.
         own_value: whether there is the own value's map.
@@ -187,6 +188,7 @@ class Projections(nn.Module):
         channels: int,
         rank: int | None = None,
         *,
+        values: int | None = None,
         addresses: bool = True,
         own_value: bool = False,
         tied_start: bool = True,
@@ -203,7 +205,7 @@ class Projections(nn.Module):
 
         self.w_q = map_of(hidden_size, channels) if addresses else None
         self.w_k = map_of(hidden_size, channels) if addresses and not shared_qk else None
-        self.w_v = map_of(hidden_size, channels)
+        self.w_v = map_of(hidden_size, channels if values is None else values)
         self.w_o = map_of(channels, hidden_size)
         self.w_own = map_of(channels, hidden_size) if own_value else None
         self.reset_parameters()
@@ -213,7 +215,8 @@ class Projections(nn.Module):
     ) -> tuple[list[Tensor], Tensor | None]:
         """q, k and v ``[B, T, C]``, in one or two products where that is cheaper.
 
-        Without gradients: the joined weights are copies.
+        Without gradients: the joined weights are copies. Narrower values have a product of their
+        own.
 
         Returns:
             The three, and the tensor ``[B, T, 3 C]`` that they are views of, if there is one.
@@ -223,7 +226,8 @@ class Projections(nn.Module):
         batch, length, _ = x.shape
         ranks = {m.rank for m in maps}
         few = batch * length <= _FEW and not torch.is_autocast_enabled(x.device.type)
-        plain = all(_is_plain(m, x.device) for m in maps)
+        equal = self.w_v.out_features == self.w_q.out_features
+        plain = equal and all(_is_plain(m, x.device) for m in maps)
         if plain and ranks == {None} and self.w_v.out_features <= _JOINED:
             (weight,) = copies.of(self, maps, ("weight",))
             joined = F.linear(x, weight)

@@ -11,9 +11,9 @@ from rosakit.errors import InvalidInputError, InvalidTypeError
 from rosakit.ops import ahead, segments
 from rosakit.ops.ahead import Ahead
 from rosakit.ops.estimators import registry
-from rosakit.ops.estimators.suffix_attention import share_values
 from rosakit.ops.match import check_options as check_match_options
 from rosakit.ops.retrieve import check_values
+from rosakit.ops.value_heads import check_value_groups, share_values
 from rosakit.types import Backend, Granularity, Match, Successor, Unmatched
 
 
@@ -162,10 +162,7 @@ def _shared_values(q: Tensor, v: Tensor, groups: int, bits: int) -> Tensor:
     if groups == 1:
         return v
     routes = q.shape[-1] // bits
-    if groups < 1 or routes % groups:
-        raise InvalidInputError(
-            f"value_groups must divide the number of routes ({routes}), got {groups}"
-        )
+    check_value_groups(groups, routes)
     if v.dim() != 3 or v.shape[-1] * groups != q.shape[-1]:
         raise InvalidInputError(
             f"with value_groups={groups}, v must have shape [B, T, {q.shape[-1] // groups}], "

@@ -15,6 +15,7 @@ from rosakit import symbols
 from rosakit.errors import InvalidInputError, UnsupportedModelError
 from rosakit.layers import RosaAdapter, TokenRoute
 from rosakit.layers.projection import Projections
+from rosakit.ops.value_heads import check_value_groups
 from rosakit.tuning import attention
 from rosakit.tuning.config import RosaConfig
 from rosakit.tuning.context import Shared
@@ -174,6 +175,7 @@ def _adapters(
             successor=config.successor,
             max_length=config.max_length,
             min_length=config.min_length,
+            value_groups=config.value_groups,
             own_value=config.own_value,
             retrieve=config.retrieve,
             address=config.address,
@@ -215,10 +217,12 @@ def _shared_projections(
         return None
     hidden = _hidden_size(model, config)
     routes = symbols.routes_of(hidden, config.bits) if config.routes is None else config.routes
+    check_value_groups(config.value_groups, routes)
     return Projections(
         hidden,
         routes * config.bits,
         config.projection_rank,
+        values=routes // config.value_groups * config.bits,
         addresses=config.learns_address,
         own_value=config.own_value,
         tied_start=config.tied_start,

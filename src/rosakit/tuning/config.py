@@ -15,6 +15,7 @@ from typing import Any, Literal
 from rosakit.errors import InvalidInputError
 from rosakit.layers.address_options import check_address_options
 from rosakit.ops.estimators.registry import check_options
+from rosakit.ops.value_heads import check_value_groups
 from rosakit.tuning.fields import check_fields, check_names, option
 
 __all__ = ["RosaConfig"]
@@ -92,6 +93,12 @@ class RosaConfig:
         None, "Longer matches count as this long; none for unlimited length.", low=1
     )
     min_length: int = option(1, "Shorter matches of an adapter count as no match.", low=1)
+    value_groups: int = option(
+        1,
+        "Neighbouring routes that read one value head; a divisor of the routes. The value "
+        "projection shrinks by this factor.",
+        low=1,
+    )
     own_value: bool = option(
         False, "Give each position its own value as a second input of the output projection."
     )
@@ -200,6 +207,8 @@ class RosaConfig:
             items = getattr(self, name) or ()
             if len(set(items)) != len(items):
                 raise InvalidInputError(f"RosaConfig.{name} names a layer twice: {list(items)}")
+        if self.routes is not None:  # otherwise the model's width decides
+            check_value_groups(self.value_groups, self.routes)
         check_options(self.estimator, self.estimator_options)
         if self.counterfactual_stride > 1 and self.estimator != "counterfactual":
             raise InvalidInputError(

@@ -173,7 +173,7 @@ def plan_memory(
     tokens = int(config.token_route or reads_tokens)
     tokens += int(reads_tokens and config.far_distance is not None)
     copies = 0
-    if learned:
+    if learned and config.value_groups == 1:  # narrower values are not joined with q and k
         copies = copied_numbers(text.hidden_size, routes * config.bits, config.projection_rank)
         own = dtype if config.adapter_dtype == "auto" else getattr(torch, config.adapter_dtype)
         copies *= own.itemsize * (1 if config.share_projections else adapters)

@@ -6,11 +6,11 @@
 extern "C" void emulate_forward(const float* q, const float* k, const float* w, const int* starts,
                                 const i64* seed, float* top, float* sum, float* out,
                                 unsigned programs, int T, int length, int routes, int workers,
-                                float slope, float bias, float sharp, float cap, u32 threshold,
-                                float inverse) {
+                                int window, float slope, float bias, float sharp, float cap,
+                                float peak, u32 threshold, float inverse) {
   emu::launch({programs}, 32, 0, [&] {
-    attend_forward(q, k, w, starts, seed, top, sum, out, T, length, routes, workers, slope, bias,
-                   sharp, cap, threshold, inverse);
+    attend_forward(q, k, w, starts, seed, top, sum, out, T, length, routes, workers, window, slope,
+                   bias, sharp, cap, peak, threshold, inverse);
   });
 }
 
@@ -18,12 +18,12 @@ extern "C" void emulate_forward(const float* q, const float* k, const float* w, 
 extern "C" void emulate_backward(const float* q, const float* k, const float* w, const float* g,
                                  const float* lse, const float* delta, const int* starts,
                                  const i64* seed, float* dq, float* dk, float* dw, float* marks,
-                                 unsigned programs, int T, int length, int routes, int workers,
-                                 float slope, float bias, float sharp, float cap, u32 threshold,
-                                 float inverse) {
+                                 float* ring, unsigned programs, int T, int length, int routes,
+                                 int workers, int window, float slope, float bias, float sharp,
+                                 float cap, float peak, u32 threshold, float inverse) {
   emu::launch({programs}, 32, HELD * (M + V) * sizeof(float), [&] {
-    attend_backward(q, k, w, g, lse, delta, starts, seed, dq, dk, dw, marks, T, length, routes,
-                    workers, slope, bias, sharp, cap, threshold, inverse);
+    attend_backward(q, k, w, g, lse, delta, starts, seed, dq, dk, dw, marks, ring, T, length,
+                    routes, workers, window, slope, bias, sharp, cap, peak, threshold, inverse);
   });
 }
 #endif

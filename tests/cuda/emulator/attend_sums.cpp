@@ -10,6 +10,7 @@
 #define CAPPED 0
 #define PACKED 0
 #define DROPOUT 0
+#define WINDOWED 0
 #define RESIDENT 1
 #define BACKWARD 0
 #include "attend.cu"

@@ -6,9 +6,19 @@
 // moves by one key a row: one key is loaded a row, and none crosses lanes. Keys and values come
 // permuted, key j at (j mod P) * (T / P) + j / P, which makes the lanes' loads neighbours.
 //
+// WINDOWED: evidence of the last `window` symbols only. With cost = peak - product >= 0 and
+// equality a = 2^(-rate cost), along a diagonal
+//   x_n = a_n (1 + x_{n-1} - W_{n-1}),  W_n = 2^(-rate c_n),
+//   c_n = c_{n-1} + cost_n - cost_{n-window}
+// where W is the product of a whole window of equalities; and backwards, with u_n = dL/dx_n of this
+// recurrence,
+//   dL/d(log a_n) = u_n x_n - s_n,  s_n = s_{n+1} + r_n - r_{n+window},  r_n = u_{n+1} a_{n+1} W_n.
+// Symbols are signs, so costs are whole numbers: `c` is exact, and along a match nothing drifts.
+//
 // Macros: M, V channels of q/k and of the values (1, 2 or a multiple of 4); P diagonals a lane (a
 // power of two); GATE 0 sigmoid, 1 identity, 2 exp; SCAN; UTILITY; OFFSET; CAPPED; PACKED; DROPOUT;
-// RESIDENT warps a multiprocessor that registers are divided among; BACKWARD which kernel is meant.
+// WINDOWED (GATE 2, OFFSET 1 and not SCAN); RESIDENT warps a multiprocessor that registers are
+// divided among; BACKWARD which kernel is meant.
 #ifndef ROSAKIT_EMULATE
 typedef unsigned int u32;
 typedef long long i64;
@@ -47,8 +57,8 @@ constexpr int HELD = 4;           // rows held in registers on the way up
 constexpr int GROUP = 2 * HELD;   // rows between marks
 
 struct Numbers {
-  int T, length, routes, workers;
-  float slope, bias, sharp, cap, inverse;
+  int T, length, routes, workers, window;
+  float slope, bias, sharp, cap, peak, inverse;  // peak: the product of equal symbols
   u32 threshold, seed;
 };
 
@@ -125,12 +135,26 @@ __device__ __forceinline__ Row row_at(int i, const int* starts, const Numbers& n
   return row;
 }
 
+// The product of the equalities in a whole window, from its costs.
+__device__ __forceinline__ float window_product(float c, const Numbers& n) {
+  return power((-LOG2E * n.slope) * c);
+}
+
 // Symbol equality a and the next state t, c of one diagonal. FULL: every cell of the row is a
-// candidate, and none is its segment's first.
+// candidate, none is its segment's first, and so are the `window` cells before it. `leaving`: the
+// product that leaves the window.
 template <bool FULL>
-__device__ __forceinline__ float advance(float product, const Row& row, int d, float& t, float& c,
-                                         const Numbers& n) {
+__device__ __forceinline__ float advance(float product, float leaving, const Row& row, int d,
+                                         float& t, float& c, const Numbers& n) {
   float a;
+  if (WINDOWED) {
+    const bool whole = FULL || d + n.window <= row.reach;  // before this cell
+    const bool valid = FULL || d <= row.reach;
+    a = valid ? power((-LOG2E * n.slope) * (n.peak - product)) : 0.0f;
+    t = a * (t + (1.0f - (whole ? window_product(c, n) : 0.0f)));
+    c = valid ? c + (n.peak - product) - (whole ? n.peak - leaving : 0.0f) : 0.0f;
+    return a;
+  }
   if (GATE == 0)
     a = inverse_of(1.0f + power(product * (-LOG2E * n.slope) - LOG2E * n.bias));
   else if (GATE == 2)
@@ -157,6 +181,8 @@ __device__ __forceinline__ float logit(float x, const Row& row, float far, const
   if (CAPPED) x = fminf(x, n.cap);
   return (n.sharp * LOG2E) * x + (row.base - far * row.step);
 }
+
+__device__ __forceinline__ int inside(int i, int T) { return i < 0 ? 0 : i < T ? i : T - 1; }
 
 // Sums N values over the lanes; lane x is left with the sum of value `slot_of<N>(x)`.
 template <int N, int BIT = 16>
@@ -221,7 +247,8 @@ constexpr int SUMS = CHUNK * (V + 1);
 // unless a logit exceeds it by MARGIN.
 template <bool FULL>
 __device__ __forceinline__ void forward_rows(const Forward& f, int i, float (&t)[P], float (&c)[P],
-                                             float (&keys)[P][M], float (&values)[P][V]) {
+                                             float (&keys)[P][M], float (&old)[P][M],
+                                             float (&values)[P][V]) {
   const Numbers& n = f.n;
 #pragma unroll
   for (int first = 0; first < P; first += CHUNK) {
@@ -234,13 +261,18 @@ __device__ __forceinline__ void forward_rows(const Forward& f, int i, float (&t)
       const Row row = row_at(i + u, f.starts, n);
       fetch_key(keys[u & (P - 1)], f.k, i + u - f.d0, f.lane, n.T);
       fetch_key(values[u & (P - 1)], f.w, i + u - f.d0 + OFFSET, f.lane, n.T);
-      float query[M];
+      float query[M], earlier[M];
       fetch(query, f.q + (i64)place * M);
+      if (WINDOWED) {
+        fetch_key(old[u & (P - 1)], f.k, i + u - n.window - f.d0, f.lane, n.T);
+        fetch(earlier, f.q + (i64)inside(i + u - n.window, n.T) * M);
+      }
       float z[P];
 #pragma unroll
       for (int p = 0; p < P; ++p) {
-        const int d = f.d + p;
-        advance<FULL>(dot(query, keys[(u - p) & (P - 1)]), row, d, t[p], c[p], n);
+        const int d = f.d + p, slot = (u - p) & (P - 1);
+        const float leaving = WINDOWED ? dot(earlier, old[slot]) : 0.0f;
+        advance<FULL>(dot(query, keys[slot]), leaving, row, d, t[p], c[p], n);
         z[p] = logit(SCAN ? t[p] - c[p] : t[p], row, (float)d, n);
         if (!FULL && d > row.reach) z[p] = -1.0e38f;
       }
@@ -286,13 +318,13 @@ __device__ __forceinline__ void forward_rows(const Forward& f, int i, float (&t)
 extern "C" __global__ void __launch_bounds__(32, RESIDENT)
     attend_forward(const float* q, const float* k, const float* w, const int* starts,
                    const i64* seed, float* top, float* sum, float* out, int T, int length,
-                   int routes, int workers, float slope, float bias, float sharp, float cap,
-                   u32 threshold, float inverse) {
+                   int routes, int workers, int window, float slope, float bias, float sharp,
+                   float cap, float peak, u32 threshold, float inverse) {
   const i64 program = blockIdx.x;
   const i64 stream = program / workers;
   const int worker = (int)(program % workers);
   Forward f;
-  f.n = {T, length, routes, workers, slope, bias, sharp, cap, inverse, threshold, 0};
+  f.n = {T, length, routes, workers, window, slope, bias, sharp, cap, peak, inverse, threshold, 0};
   if (DROPOUT) f.n.seed = (u32)*seed;
   f.q = q + stream * T * M, f.k = k + stream * T * M, f.w = w + stream * T * V;
   f.starts = PACKED ? starts + stream / routes * T : starts;
@@ -304,18 +336,19 @@ extern "C" __global__ void __launch_bounds__(32, RESIDENT)
   for (int turn = 0; turn < turns; ++turn) {
     f.d0 = OFFSET + strip_of(turn, worker, workers) * 32 * P;
     f.d = f.d0 + f.lane * P;
-    float t[P], c[P], keys[P][M], values[P][V];
+    float t[P], c[P], keys[P][M], old[P][M], values[P][V];
 #pragma unroll
     for (int p = 0; p < P; ++p) {
       t[p] = c[p] = 0.0f;
       fetch_key(keys[p], f.k, 0, f.lane, T);  // finite, and weighs nothing before it is replaced
+      if (WINDOWED) fetch_key(old[p], f.k, 0, f.lane, T);
       fetch_key(values[p], f.w, 0, f.lane, T);
     }
     for (int i = f.d0; i < length; i += P) {
-      if (!PACKED && i >= f.d0 + 32 * P && i + P <= length)
-        forward_rows<true>(f, i, t, c, keys, values);
+      if (!PACKED && i >= f.d0 + 32 * P + window && i + P <= length)
+        forward_rows<true>(f, i, t, c, keys, old, values);
       else
-        forward_rows<false>(f, i, t, c, keys, values);
+        forward_rows<false>(f, i, t, c, keys, old, values);
     }
     __syncwarp();
   }
@@ -327,31 +360,45 @@ struct Backward {
   const int* starts;
   float *dq, *dk, *dw;
   float* done;  // shared: what has left the window, [HELD, M + V]
+  float* ring;  // WINDOWED: r_n of the last `window` rows, [window, P, 32]
   int lane, d0, d;
   u32 stream;
   Numbers n;
 };
 
-__device__ __forceinline__ int inside(int i, int T) { return i < 0 ? 0 : i < T ? i : T - 1; }
+// The keys that row i + U finds in its window, but for the newest.
+template <int U>
+__device__ __forceinline__ void fill(const Backward& b, int i, float (&keys)[P][M],
+                                     float (&old)[P][M]) {
+#pragma unroll
+  for (int p = 1; p < P; ++p) {
+    const int r = i + U - p - b.d0;
+    fetch_key(keys[(U - p) & (P - 1)], b.k, r, b.lane, b.n.T);
+    if (WINDOWED) fetch_key(old[(U - p) & (P - 1)], b.k, r - b.n.window, b.lane, b.n.T);
+  }
+}
 
-// Rows i + U .. i + U + COUNT - 1, states only; (i - d0) % GROUP = 0. The window of keys is refilled.
+// Rows i + U .. i + U + COUNT - 1, states only; (i - d0) % GROUP = 0. FILL: refill the keys.
 template <bool FULL, bool FILL, int U, int COUNT>
 __device__ __forceinline__ void march(const Backward& b, int i, float (&t)[P], float (&c)[P],
-                                      float (&keys)[P][M]) {
-  if (FILL) {
-#pragma unroll
-    for (int p = 1; p < P; ++p)
-      fetch_key(keys[(U - p) & (P - 1)], b.k, i + U - p - b.d0, b.lane, b.n.T);
-  }
+                                      float (&keys)[P][M], float (&old)[P][M]) {
+  if (FILL) fill<U>(b, i, keys, old);
 #pragma unroll
   for (int u = U; u < U + COUNT; ++u) {
     const Row row = row_at(i + u, b.starts, b.n);
     fetch_key(keys[u & (P - 1)], b.k, i + u - b.d0, b.lane, b.n.T);
-    float query[M];
+    float query[M], earlier[M];
     fetch(query, b.q + (i64)inside(i + u, b.n.T) * M);
+    if (WINDOWED) {
+      fetch_key(old[u & (P - 1)], b.k, i + u - b.n.window - b.d0, b.lane, b.n.T);
+      fetch(earlier, b.q + (i64)inside(i + u - b.n.window, b.n.T) * M);
+    }
 #pragma unroll
-    for (int p = 0; p < P; ++p)
-      advance<FULL>(dot(query, keys[(u - p) & (P - 1)]), row, b.d + p, t[p], c[p], b.n);
+    for (int p = 0; p < P; ++p) {
+      const int slot = (u - p) & (P - 1);
+      const float leaving = WINDOWED ? dot(earlier, old[slot]) : 0.0f;
+      advance<FULL>(dot(query, keys[slot]), leaving, row, b.d + p, t[p], c[p], b.n);
+    }
   }
 }
 
@@ -369,37 +416,61 @@ __device__ __forceinline__ void flush(const Backward& b, int first, int count) {
   __syncwarp();
 }
 
+// Whether row i + window, of the same segment, was met on the way up.
+__device__ __forceinline__ bool was_met(const Backward& b, int i) {
+  const int below = i + b.n.window;
+  return below < b.n.length && (!PACKED || b.starts[below] == b.starts[i]);
+}
+
+// What leaves the window at rows i .. i + HELD - 1, asked for together and before it is needed. Of
+// a window of fewer rows some is not written yet: `backward_rows` asks for that itself.
+__device__ __forceinline__ void fetch_gone(const Backward& b, int i, int ring_row,
+                                           float (&gone)[HELD][P]) {
+  if (b.n.window < HELD) return;
+#pragma unroll
+  for (int h = HELD - 1; h >= 0; --h) {
+    ring_row = (ring_row ? ring_row : b.n.window) - 1;
+    const bool met = was_met(b, i + h);
+#pragma unroll
+    for (int p = 0; p < P; ++p) gone[h][p] = met ? b.ring[(ring_row * P + p) * 32 + b.lane] : 0.0f;
+  }
+}
+
 constexpr int BACK_ROWS = 32 / M < HELD ? 32 / M : HELD;  // rows whose dq is reduced at once
 
 // Rows i + U + HELD - 1 down to i + U from the state t, c before them.
 template <bool FULL, bool FILL, int U>
 __device__ __forceinline__ void backward_rows(const Backward& b, int i, float (&t)[P],
                                               float (&c)[P], float (&ta)[P], float (&ca)[P],
-                                              float (&keys)[P][M], float (&values)[P][V],
-                                              float (&dk)[P][M], float (&dw)[P][V]) {
+                                              float (&keys)[P][M], float (&old)[P][M],
+                                              float (&values)[P][V], float (&dk)[P][M],
+                                              float (&dw)[P][V], int& ring_row) {
   const Numbers& n = b.n;
   float a_held[HELD][P], t_held[HELD][P], c_held[HELD + 1][P], t_before[P];
 #pragma unroll
   for (int p = 0; p < P; ++p) t_before[p] = t[p], c_held[0][p] = c[p];
-  if (FILL) {
-#pragma unroll
-    for (int p = 1; p < P; ++p)
-      fetch_key(keys[(U - p) & (P - 1)], b.k, i + U - p - b.d0, b.lane, n.T);
-  }
+  if (FILL) fill<U>(b, i, keys, old);
+  float gone[HELD][P];
 #pragma unroll
   for (int h = 0; h < HELD; ++h) {
     const int u = U + h;
     const Row row = row_at(i + u, b.starts, n);
     fetch_key(keys[u & (P - 1)], b.k, i + u - b.d0, b.lane, n.T);
-    float query[M];
+    float query[M], earlier[M];
     fetch(query, b.q + (i64)inside(i + u, n.T) * M);
+    if (WINDOWED) {
+      fetch_key(old[u & (P - 1)], b.k, i + u - n.window - b.d0, b.lane, n.T);
+      fetch(earlier, b.q + (i64)inside(i + u - n.window, n.T) * M);
+    }
 #pragma unroll
     for (int p = 0; p < P; ++p) {
-      a_held[h][p] =
-          advance<FULL>(dot(query, keys[(u - p) & (P - 1)]), row, b.d + p, t[p], c[p], n);
+      const int slot = (u - p) & (P - 1);
+      const float leaving = WINDOWED ? dot(earlier, old[slot]) : 0.0f;
+      a_held[h][p] = advance<FULL>(dot(query, keys[slot]), leaving, row, b.d + p, t[p], c[p], n);
       t_held[h][p] = t[p], c_held[h + 1][p] = c[p];
     }
   }
+  if (WINDOWED) fetch_gone(b, i + U, ring_row, gone);
   float row_sums[BACK_ROWS * M];
 #pragma unroll
   for (int h = HELD - 1; h >= 0; --h) {
@@ -410,6 +481,7 @@ __device__ __forceinline__ void backward_rows(const Backward& b, int i, float (&
     fetch(query, b.q + (i64)place * M);
     fetch(g, b.g + (i64)place * V);
     const float lse = b.lse[place], delta = b.delta[place];
+    if (WINDOWED) ring_row = (ring_row ? ring_row : n.window) - 1;
     float* sums = row_sums + h % BACK_ROWS * M;
 #pragma unroll
     for (int m = 0; m < M; ++m) sums[m] = 0.0f;
@@ -445,6 +517,15 @@ __device__ __forceinline__ void backward_rows(const Backward& b, int i, float (&
         da = dt - dtop * state;
         ta[p] = dt;
         ca[p] = newest ? 0.0f : dc;
+      } else if (WINDOWED) {
+        float* ring = b.ring + (ring_row * P + p) * 32 + b.lane;
+        if (n.window < HELD) gone[h][p] = was_met(b, i + u) ? *ring : 0.0f;
+        const bool whole = FULL || d + n.window - 1 <= row.reach;
+        const float r = whole ? ta[p] * window_product(c_held[h + 1][p], n) : 0.0f;
+        *ring = r;
+        ca[p] += r - gone[h][p];
+        da = dt * state - ca[p];  // of log a
+        ta[p] = dt * a;
       } else {
         float before = h ? t_held[h ? h - 1 : 0][p] : t_before[p];
         if (!FULL && OFFSET == 0 && d >= row.reach) before = 0.0f;
@@ -453,7 +534,7 @@ __device__ __forceinline__ void backward_rows(const Backward& b, int i, float (&
       }
       float ds = da * n.slope;
       if (GATE == 0) ds *= a * (1.0f - a);
-      if (GATE == 2) ds *= a;
+      if (GATE == 2 && !WINDOWED) ds *= a;
       if (!FULL) {
         if (!valid) ds = 0.0f;
         const bool goes_on = OFFSET == 0 ? d < row.reach : d <= row.reach;
@@ -503,24 +584,25 @@ __device__ __forceinline__ void backward_rows(const Backward& b, int i, float (&
 extern "C" __global__ void __launch_bounds__(32, RESIDENT)
     attend_backward(const float* q, const float* k, const float* w, const float* g,
                     const float* lse, const float* delta, const int* starts, const i64* seed,
-                    float* dq, float* dk, float* dw, float* marks, int T, int length, int routes,
-                    int workers, float slope, float bias, float sharp, float cap, u32 threshold,
-                    float inverse) {
+                    float* dq, float* dk, float* dw, float* marks, float* ring, int T, int length,
+                    int routes, int workers, int window, float slope, float bias, float sharp,
+                    float cap, float peak, u32 threshold, float inverse) {
   SHARED_FLOATS(done);
   const i64 program = blockIdx.x;
   const i64 stream = program / workers;
   const int worker = (int)(program % workers);
   Backward b;
-  b.n = {T, length, routes, workers, slope, bias, sharp, cap, inverse, threshold, 0};
+  b.n = {T, length, routes, workers, window, slope, bias, sharp, cap, peak, inverse, threshold, 0};
   if (DROPOUT) b.n.seed = (u32)*seed;
   b.q = q + stream * T * M, b.k = k + stream * T * M, b.w = w + stream * T * V;
   b.g = g + stream * T * V, b.lse = lse + stream * T, b.delta = delta + stream * T;
   b.starts = PACKED ? starts + stream / routes * T : starts;
   b.dq = dq + program * T * M, b.dk = dk + program * T * M, b.dw = dw + program * T * V;
   b.done = done;
+  b.ring = ring + program * window * P * 32;
   b.lane = threadIdx.x & 31;
   b.stream = (u32)stream;
-  constexpr int STATES = SCAN ? 2 * P : P;
+  constexpr int STATES = SCAN || WINDOWED ? 2 * P : P;
   float* mine = marks + (program * (T / GROUP + 1) * 32 + b.lane) * STATES;
   const int strips = (length - OFFSET + 32 * P - 1) / (32 * P);
   const int turns = (strips + workers - 1) / workers;
@@ -529,25 +611,25 @@ extern "C" __global__ void __launch_bounds__(32, RESIDENT)
     b.d = b.d0 + b.lane * P;
     const int groups = (length - b.d0 + GROUP - 1) / GROUP;
     if (groups <= 0) continue;
-    float t[P], c[P], keys[P][M], values[P][V];
+    float t[P], c[P], keys[P][M], old[P][M], values[P][V];
 #pragma unroll
     for (int p = 0; p < P; ++p) t[p] = c[p] = 0.0f;
-#pragma unroll
-    for (int p = 1; p < P; ++p) fetch_key(keys[-p & (P - 1)], b.k, -p, b.lane, T);
+    fill<0>(b, b.d0, keys, old);
     for (int group = 0; group < groups; ++group) {
       float* mark = mine + (i64)group * 32 * STATES;
 #pragma unroll
       for (int p = 0; p < P; ++p) {
         mark[p] = t[p];
-        if (SCAN) mark[P + p] = c[p];
+        if (STATES > P) mark[P + p] = c[p];
       }
       const int i = b.d0 + group * GROUP;
-      if (!PACKED && i >= b.d0 + 32 * P && i + GROUP <= length)
-        march<true, false, 0, GROUP>(b, i, t, c, keys);
+      if (!PACKED && i >= b.d0 + 32 * P + window && i + GROUP <= length)
+        march<true, false, 0, GROUP>(b, i, t, c, keys, old);
       else
-        march<false, false, 0, GROUP>(b, i, t, c, keys);
+        march<false, false, 0, GROUP>(b, i, t, c, keys, old);
     }
     float ta[P], ca[P], dk_window[P][M], dw_window[P][V];
+    int ring_row = 0;
     const int end = groups * GROUP - 1;
 #pragma unroll
     for (int p = 0; p < P; ++p) {
@@ -561,28 +643,32 @@ extern "C" __global__ void __launch_bounds__(32, RESIDENT)
     for (int group = groups - 1; group >= 0; --group) {
       const float* mark = mine + (i64)group * 32 * STATES;
       const int i = b.d0 + group * GROUP;
-      const bool full = !PACKED && i >= b.d0 + 32 * P && i + GROUP <= length;
+      const bool full = !PACKED && i >= b.d0 + 32 * P + window && i + GROUP <= length;
 #pragma unroll
       for (int p = 0; p < P; ++p) {
         t[p] = mark[p];
-        c[p] = SCAN ? mark[P + p] : 0.0f;
+        c[p] = STATES > P ? mark[P + p] : 0.0f;
       }
       if (full) {
-        march<true, true, 0, HELD>(b, i, t, c, keys);
-        backward_rows<true, false, HELD>(b, i, t, c, ta, ca, keys, values, dk_window, dw_window);
+        march<true, true, 0, HELD>(b, i, t, c, keys, old);
+        backward_rows<true, false, HELD>(b, i, t, c, ta, ca, keys, old, values, dk_window,
+                                         dw_window, ring_row);
       } else {
-        march<false, true, 0, HELD>(b, i, t, c, keys);
-        backward_rows<false, false, HELD>(b, i, t, c, ta, ca, keys, values, dk_window, dw_window);
+        march<false, true, 0, HELD>(b, i, t, c, keys, old);
+        backward_rows<false, false, HELD>(b, i, t, c, ta, ca, keys, old, values, dk_window,
+                                          dw_window, ring_row);
       }
 #pragma unroll
       for (int p = 0; p < P; ++p) {
         t[p] = mark[p];
-        c[p] = SCAN ? mark[P + p] : 0.0f;
+        c[p] = STATES > P ? mark[P + p] : 0.0f;
       }
       if (full)
-        backward_rows<true, true, 0>(b, i, t, c, ta, ca, keys, values, dk_window, dw_window);
+        backward_rows<true, true, 0>(b, i, t, c, ta, ca, keys, old, values, dk_window, dw_window,
+                                     ring_row);
       else
-        backward_rows<false, true, 0>(b, i, t, c, ta, ca, keys, values, dk_window, dw_window);
+        backward_rows<false, true, 0>(b, i, t, c, ta, ca, keys, old, values, dk_window,
+                                     dw_window, ring_row);
     }
     __syncwarp();
   }

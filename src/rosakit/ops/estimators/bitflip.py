@@ -61,7 +61,8 @@ def bitflip(
             (RWKV-8's 1-bit layer); "qk": q and k are. The joint gradient is returned as that of
             `q`, and zeros for the others of the one tensor.
         stride: 1: every flip. Larger: a random share ``2 / stride`` of the flips of q and k,
-            unbiased; for streams too long for the quadratic sweep.
+            unbiased. Saves time where it draws fewer than ``T / 32`` flips a route, or where no
+            sweep takes the streams (run granularity, more than 65535 positions on a GPU).
 
     Returns:
         ``y [B, T, C]`` and the match that it read.

@@ -7,6 +7,7 @@ the naive form.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from rosakit.ops.retrieve import retrieve_forward
 
 _COPIES = {"cpu": 1 << 22, "cuda": 1 << 25}
 """Channels of flipped copies that the naive form matches at once: a GPU waits for small ones."""
+
+SWEEP_FLIPS = 32
+"""A sweep over all flips of ``T`` positions costs about as much as matching ``T / SWEEP_FLIPS``
+flipped streams again (H200, 512 routes of 4 bits: ``T / 32`` at 2048, ``T / 19`` at 16384).
+"""
 
 NONE, QUERY_KEY, STREAM = "none", "qk", "qkv"
 """Which of q, k and v are one tensor, so that a flip of a bit flips it in all of them."""
@@ -207,22 +213,55 @@ def credit(
     phase: int,
     stride: int,
 ) -> tuple[Tensor, Tensor]:
-    """Credit of q and k by the cheapest exact way, or sampled where ``stride > 1``."""
+    """Credit of q and k by the cheapest exact way, or sampled where ``stride > 1``.
+
+    A sample of few flips is matched flip by flip. Of many, the one sweep over all flips is cheaper,
+    and what was not drawn is left out of it: the same sample, however it is found.
+    """
     arguments = (grad, q, k, v, e0, e1, e_null)
     options: dict[str, Any] = {"bits": bits, "match": match, "unmatched": unmatched, "tied": tied}
-    if stride > 1:
-        mirrored = (phase, stride - 1 - phase)
-        return credit_naive(*arguments, phases=mirrored, stride=stride, **options)
+    phases = (phase, stride - 1 - phase) if stride > 1 else (0,)
+    # All routes flip together, so their number does not count.
+    flips = -(-q.shape[1] * bits // stride) * len(phases) * (2 if tied == NONE else 1)
+    few = stride > 1 and flips * SWEEP_FLIPS < q.shape[1]
+    sweep = None if few else _sweep(q, bits, match)
+    if sweep is None:
+        return credit_naive(*arguments, phases=phases, stride=stride, **options)
+    found = sweep(*arguments, **options)
+    if stride == 1:
+        return found
+    warn_once(
+        f"rosakit: bitflip(stride={stride}) draws so many flips that they are taken out of a sweep "
+        "over all of them; stride=1 costs the same here, and is exact"
+    )
+    drawn = _weights(q, bits, phases, stride)
+    return found[0] * drawn, found[1] * drawn
+
+
+def _weights(q: Tensor, bits: int, phases: tuple[int, ...], stride: int) -> Tensor:
+    """How much each drawn flip counts, 0 for the others: ``[T, C]``."""
+    length, channels = q.shape[1:]
+    work = torch.promote_types(q.dtype, torch.float32)
+    weights = torch.zeros(length * bits, dtype=work, device=q.device)
+    for first in phases:  # the two may be one
+        weights[first::stride] += stride / len(phases)
+    return weights.view(length, bits).repeat(1, channels // bits)
+
+
+def _sweep(
+    q: Tensor, bits: int, match: MatchOptions
+) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """Who does all flips at once for these streams, or None."""
     if match.granularity != "token" or match.backend == "oracle":
-        return credit_naive(*arguments, **options)
+        return None
     if q.device.type == "cuda" and match.backend != "cpu" and _on_gpu(q, bits):
-        return credit_gpu(*arguments, **options)
+        return credit_gpu
     if not native_bitflip.built():
         warn_once("rosakit: bitflip without the compiled core matches every flipped stream again")
-        return credit_naive(*arguments, **options)
+        return None
     if q.device.type == "cuda":
         warn_once("rosakit: bitflip runs on the CPU core; the tensors travel there and back")
-    return credit_core(*arguments, **options)
+    return credit_core
 
 
 def _on_gpu(q: Tensor, bits: int) -> bool:

@@ -45,7 +45,7 @@ def suffix_attention(
 
     Args:
         q, k: ``[B, T, C]``.
-        v: ``[B, T, C]``; see `share_values` for value heads that several routes read.
+        v: ``[B, T, C]``; see `rosakit.ops.value_heads` for heads that several routes read.
         e0, e1: ``[C]``; their gradients are those of the hard forward.
         mismatch_scale: how fast evidence decays with mismatched bits.
         scale: sharpness of the surrogate's softmax.
@@ -107,20 +107,6 @@ def suffix_attention(
     )
     soft = soft.transpose(1, 2).flatten(2).to(v.dtype)
     return hard + (soft - soft.detach()), found
-
-
-def share_values(v: Tensor, groups: int, bits: int) -> Tensor:
-    """Grouped value heads: `groups` neighbouring routes read one value head.
-
-    Args:
-        v: ``[B, T, C / groups]``.
-
-    Returns:
-        ``[B, T, C]``, each head of `bits` channels repeated `groups` times; the gradient of a head
-        is the sum over the routes that read it.
-    """
-    heads: Tensor = v.unflatten(2, (-1, bits))
-    return heads.repeat_interleave(groups, dim=2).flatten(2)
 
 
 def _check(

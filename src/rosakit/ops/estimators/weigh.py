@@ -24,19 +24,20 @@ def attend(
     """`attend_naive` by the fastest way that is there.
 
     Args:
-        fused: True: in memory linear in T, by the kernels or (with a window) block by block, or an
-            error; False: the dense form; None: linear memory on CUDA.
+        fused: True: in memory linear in T, by the kernels or, where they cannot run a window,
+            block by block, or an error; False: the dense form; None: linear memory on CUDA.
 
     Raises:
         BackendError: the kernels were asked for and cannot run.
     """
     if form.window >= q.shape[2]:  # sees everything
         form = form._replace(window=0)
-    if form.window and fused is not False and (fused or q.device.type != "cpu"):
-        return attend_blocks(q, k, w, null, starts, form, seed)
     reason = triton.unavailable_reason(q.device, form, q.shape[-1], w.shape[-1])
+    linear = q.device.type != "cpu" if fused is None else fused
+    if form.window and linear and reason is not None:
+        return attend_blocks(q, k, w, null, starts, form, seed)
     if fused is None:
-        fused = reason is None and q.device.type != "cpu"
+        fused = linear and reason is None
         if q.device.type == "cuda" and reason is not None:
             warn_once(f"rosakit: {reason}, so pairs of positions are weighed in quadratic memory")
     if not fused:

@@ -46,8 +46,8 @@ def _missing() -> str | None:
 
 def unavailable_reason(device: torch.device, form: Form, width: int, values: int) -> str | None:
     """Why the kernels cannot run on these tensors, or None where they can."""
-    if form.window:
-        return "the fused kernels take whole suffixes, not a window"
+    if form.window and (form.gate, form.recurrence, form.offset) != ("exp", "dp", 1):
+        return "the fused kernels take a window with the gate of suffix_attention only"
     if width > MAX_WIDTH or values > MAX_WIDTH:
         return f"the fused kernels take at most {MAX_WIDTH} channels a route"
     if device.type != "cuda" and not _interpreted():
@@ -88,7 +88,8 @@ def backward_plan(streams: int, length: int) -> Plan:
 
 def description(q: Tensor, packed: bool, options: tuple[Any, ...]) -> dict[str, Any]:
     """The form in the words of both engines."""
-    length, routes, gate, slope, bias, scan, utility, sharpness, offset, cap, _, dropout = options
+    length, routes, gate, slope, bias, scan, utility, sharpness, offset, cap = options[:10]
+    window, dropout = options[11:]
     return {
         "T": q.shape[1],
         "length": length,
@@ -96,12 +97,15 @@ def description(q: Tensor, packed: bool, options: tuple[Any, ...]) -> dict[str, 
         "gate": gate,
         "slope": slope,
         "bias": bias,
+        "peak": -bias / slope,  # the product where the gate is 1
         "scan": scan,
         "utility": utility,
         "offset": offset,
         "sharp": sharpness * (UTILITY if utility else 1.0),
         "cap": float(cap),
         "capped": cap > 0,
+        "window": window,
+        "windowed": window > 0,
         "packed": packed,
         "dropout": dropout > 0,
         "threshold": threshold(dropout),
@@ -109,8 +113,11 @@ def description(q: Tensor, packed: bool, options: tuple[Any, ...]) -> dict[str, 
     }
 
 
-_REALS = ("T", "length", "routes", "slope", "bias", "sharp", "cap", "threshold", "inverse")
-_SWITCHES = ("gate", "scan", "utility", "offset", "capped", "packed", "dropout")
+_NUMBERS = (
+    *("T", "length", "routes", "window", "slope", "bias", "sharp", "cap", "peak"),
+    *("threshold", "inverse"),
+)
+_SWITCHES = ("gate", "scan", "utility", "offset", "capped", "packed", "dropout", "windowed")
 
 
 def _arguments(
@@ -120,7 +127,7 @@ def _arguments(
     return {
         "starts_ptr": q if starts is None else starts,
         "seed_ptr": q if seed is None else seed,
-        **{name: form[name] for name in _REALS},
+        **{name: form[name] for name in _NUMBERS},
         **{name.upper(): form[name] for name in _SWITCHES},
         "M": q.shape[2],
         "CH": vector(q.shape[2]),
@@ -135,7 +142,7 @@ def _arguments(
 class Engine(Protocol):
     """Runs the two kernels; `forward` and `backward` below do the rest."""
 
-    def workers(self, q: Tensor, w: Tensor, length: int, *, backward: bool) -> int:
+    def workers(self, q: Tensor, w: Tensor, form: dict[str, Any], *, backward: bool) -> int:
         """Workers a stream."""
         ...
 
@@ -174,9 +181,9 @@ class Engine(Protocol):
 class TritonEngine:
     """The Triton kernels: where the CUDA bindings are missing, and in Triton's interpreter."""
 
-    def workers(self, q: Tensor, w: Tensor, length: int, *, backward: bool) -> int:
+    def workers(self, q: Tensor, w: Tensor, form: dict[str, Any], *, backward: bool) -> int:
         plan = backward_plan if backward else forward_plan
-        return plan(q.shape[0], length).workers
+        return plan(q.shape[0], form["length"]).workers
 
     def forward(
         self,
@@ -235,6 +242,7 @@ class TritonEngine:
             dw_ptr=gradients[2],
             mark_ptr=torch.empty((programs, marks, 2, plan.strip), device=q.device),
             tile_ptr=torch.zeros((programs, 2, SEGMENT, plan.strip + 32), device=q.device),
+            ring_ptr=torch.empty((programs, form["window"], plan.strip), device=q.device),
             V=w.shape[2],
             CV=vector(w.shape[2]),
             SEG=SEGMENT,

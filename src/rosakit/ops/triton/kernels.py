@@ -2,7 +2,8 @@
 
 One program is one warp. It owns strips of ``BD`` neighbouring diagonals ``d = i - j`` of one stream
 and marches down the rows: lane ``x`` holds the recurrence of diagonal ``d0 + x`` in registers, so
-no state ever crosses lanes. Streams are ``[H, T, M]`` in float32 with T padded to whole segments and
+no state ever crosses lanes. WINDOWED evidence follows the recurrences that head
+`cuda/kernels/attend.cu`. Streams are ``[H, T, M]`` in float32 with T padded to whole segments and
 M to whole vectors of CH, behind a margin that lanes left of the stream may read; logits in base 2.
 """
 
@@ -80,9 +81,9 @@ def row_product(row_at, table_at, index, M: tl.constexpr, CH: tl.constexpr):
 
 @triton.jit
 def cell(
-    q_at, k_at, starts_at, i, d, T, length, t, c, slope, bias,
+    q_at, k_at, starts_at, i, d, T, length, window, t, c, slope, bias, peak,
     M: tl.constexpr, CH: tl.constexpr, GATE: tl.constexpr, SCAN: tl.constexpr,
-    OFFSET: tl.constexpr, PACKED: tl.constexpr,
+    OFFSET: tl.constexpr, PACKED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """One row: symbol equality ``a`` and the next state ``t, c`` of every diagonal.
 
@@ -96,7 +97,9 @@ def cell(
         reach = tl.where((i < length) & (start >= 0), i - start, -1)
     valid = d <= reach
     product = row_product(q_at + i * M, k_at, i - d, M, CH)
-    if GATE == "sigmoid":
+    if WINDOWED:
+        a = power((peak - product) * (-LOG2E * slope))
+    elif GATE == "sigmoid":
         a = inverse_of(1.0 + power(product * (-LOG2E * slope) - LOG2E * bias))
     elif GATE == "exp":
         a = power(product * (LOG2E * slope) + LOG2E * bias)
@@ -106,7 +109,16 @@ def cell(
     if OFFSET == 0:
         t = tl.where(d < reach, t, 0.0)
         c = tl.where(d < reach, c, 0.0)
-    if SCAN:
+    if WINDOWED:
+        whole = d + window <= reach  # a whole window before this cell lies in the segment
+        before = tl.where(whole, power(c * (-LOG2E * slope)), 0.0)
+        leaving = row_product(
+            q_at + tl.maximum(i - window, 0) * M, k_at, tl.maximum(i - d - window, 0), M, CH
+        )
+        t_new = a * (t + (1.0 - before))
+        c_new = c + (peak - product) - tl.where(whole, peak - leaving, 0.0)
+        c_new = tl.where(valid, c_new, 0.0)
+    elif SCAN:
         t_new = t + a
         if PACKED:
             t_new = tl.where(valid, t_new, 0.0)
@@ -139,10 +151,10 @@ def logit(x, i, far, start, sharp, cap, UTILITY: tl.constexpr, CAPPED: tl.conste
 @triton.jit
 def attend_forward(
     q_ptr, k_ptr, w_ptr, starts_ptr, seed_ptr, top_ptr, sum_ptr, out_ptr,
-    T, length, routes, slope, bias, sharp, cap, threshold, inverse,
+    T, length, routes, window, slope, bias, sharp, cap, peak, threshold, inverse,
     M: tl.constexpr, CH: tl.constexpr, V: tl.constexpr, CV: tl.constexpr, BD: tl.constexpr, W: tl.constexpr,
     GATE: tl.constexpr, SCAN: tl.constexpr, UTILITY: tl.constexpr, OFFSET: tl.constexpr,
-    CAPPED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr,
+    CAPPED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """Softmax statistics of every row over this worker's strips.
 
@@ -170,8 +182,8 @@ def attend_forward(
         c = tl.zeros([BD], tl.float32)
         for i in range(d0, length):
             a, t, c, valid, tp, cp, start = cell(
-                q_at, k_at, starts_at, i, d, T, length, t, c, slope, bias,
-                M, CH, GATE, SCAN, OFFSET, PACKED,
+                q_at, k_at, starts_at, i, d, T, length, window, t, c, slope, bias, peak,
+                M, CH, GATE, SCAN, OFFSET, PACKED, WINDOWED,
             )  # fmt: skip
             x = t - c if SCAN else t
             z, dz = logit(x, i, far, start, sharp, cap, UTILITY, CAPPED)
@@ -194,12 +206,13 @@ def attend_forward(
 
 @triton.jit
 def row_gradient(
-    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i, r, d, lane, far, T, a, t, c, tp, cp, valid, start,
+    k_at, w_at, g_at, lse_at, delta_at, starts_at, dq_at, u_at, p_at, ring_at,
+    i, r, d, lane, far, T, length, window, a, t, c, tp, cp, valid, start,
     ta, ca, slope, sharp, cap, stream, seed, threshold, inverse,
     M: tl.constexpr, CH: tl.constexpr, V: tl.constexpr, CV: tl.constexpr, BD: tl.constexpr,
     CW: tl.constexpr, GATE: tl.constexpr, SCAN: tl.constexpr,
     UTILITY: tl.constexpr, OFFSET: tl.constexpr, CAPPED: tl.constexpr, PACKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """Row i backwards: writes ``dL/d(q_i . k_j)`` and the weights, returns the states' adjoints.
 
@@ -227,13 +240,28 @@ def row_gradient(
         da = dt - dtop * t
         ta = dt
         ca = tl.where(newest, 0.0, dc)
+    elif WINDOWED:
+        met = i + window < length  # row i + window, of the same segment, came before
+        if PACKED:
+            met = met & (tl.load(starts_at + i + window, mask=met, other=-1) == start)
+        ring = ring_at + i % window * BD + lane
+        gone = tl.where(met, tl.load(ring), 0.0)
+        whole = valid & (d + window - 1 <= i - start)
+        new = tl.where(whole, ta * power(c * (-LOG2E * slope)), 0.0)
+        tl.debug_barrier()  # another row's numbers lie where these go
+        tl.store(ring, new)
+        tl.debug_barrier()
+        ca += new - gone
+        dt = gx + ta
+        da = tl.where(valid, dt * t - ca, 0.0)  # of log a
+        ta = dt * a
     else:
         dt = gx + ta
         da = dt * (tp + 1.0)
         ta = dt * a
     if GATE == "sigmoid":
         ds = da * a * (1.0 - a) * slope
-    elif GATE == "exp":
+    elif GATE == "exp" and not WINDOWED:
         ds = da * a * slope
     else:
         ds = da * slope
@@ -277,11 +305,11 @@ def gather(
 @triton.jit
 def attend_backward(
     q_ptr, k_ptr, w_ptr, g_ptr, lse_ptr, delta_ptr, starts_ptr, seed_ptr,
-    dq_ptr, dk_ptr, dw_ptr, mark_ptr, tile_ptr,
-    T, length, routes, slope, bias, sharp, cap, threshold, inverse,
+    dq_ptr, dk_ptr, dw_ptr, mark_ptr, tile_ptr, ring_ptr,
+    T, length, routes, window, slope, bias, sharp, cap, peak, threshold, inverse,
     M: tl.constexpr, CH: tl.constexpr, V: tl.constexpr, CV: tl.constexpr, BD: tl.constexpr, W: tl.constexpr, SEG: tl.constexpr,
     GATE: tl.constexpr, SCAN: tl.constexpr, UTILITY: tl.constexpr, OFFSET: tl.constexpr,
-    CAPPED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, DENSE: tl.constexpr,
+    CAPPED: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, WINDOWED: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q, k ``[H, W, T, M]`` and w ``[H, W, T, V]``, summed over this worker's strips.
 
@@ -307,6 +335,8 @@ def attend_backward(
     CW: tl.constexpr = BD + 32  # whole blocks of 32; the band needs BD + SEG
     u_at = tile_ptr + program * 2 * SEG * CW
     p_at = u_at + SEG * CW
+    ring_at = ring_ptr + program * window * BD
+    PAIR: tl.constexpr = SCAN or WINDOWED  # a state is two numbers
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
@@ -325,12 +355,12 @@ def attend_backward(
                 if DENSE or four == 0:
                     here = mark_at + (s * (SEG // MARK) + four % (SEG // MARK)) * 2 * BD + lane
                     tl.store(here, t)
-                    if SCAN:
+                    if PAIR:
                         tl.store(here + BD, c)
                 for r in tl.static_range(4):
                     a, t, c, valid, tp, cp, start = cell(
-                        q_at, k_at, starts_at, s * SEG + four * 4 + r, d, T, length, t, c, slope, bias,
-                        M, CH, GATE, SCAN, OFFSET, PACKED,
+                        q_at, k_at, starts_at, s * SEG + four * 4 + r, d, T, length, window, t, c, slope, bias, peak,
+                        M, CH, GATE, SCAN, OFFSET, PACKED, WINDOWED,
                     )  # fmt: skip
         tl.debug_barrier()  # marks are read in another layout than they were written in
         ta = tl.zeros([BD], tl.float32)
@@ -342,16 +372,16 @@ def attend_backward(
             else:
                 t = tl.load(mark_at + s * 2 * BD + lane)
                 c = tl.zeros([BD], tl.float32)
-                if SCAN:
+                if PAIR:
                     c = tl.load(mark_at + s * 2 * BD + BD + lane)
                 for four in range(0, SEG // 4):
                     tl.store(near_at + four * 2 * BD + lane, t)
-                    if SCAN:
+                    if PAIR:
                         tl.store(near_at + four * 2 * BD + BD + lane, c)
                     for r in tl.static_range(4):
                         a, t, c, valid, tp, cp, start = cell(
-                            q_at, k_at, starts_at, s * SEG + four * 4 + r, d, T, length, t, c, slope, bias,
-                            M, CH, GATE, SCAN, OFFSET, PACKED,
+                            q_at, k_at, starts_at, s * SEG + four * 4 + r, d, T, length, window, t, c, slope, bias, peak,
+                            M, CH, GATE, SCAN, OFFSET, PACKED, WINDOWED,
                         )  # fmt: skip
             tl.debug_barrier()
             for again in range(0, SEG // 4):
@@ -359,47 +389,51 @@ def attend_backward(
                 i = s * SEG + r
                 t = tl.load(near_at + r // 4 * 2 * BD + lane)
                 c = tl.zeros([BD], tl.float32)
-                if SCAN:
+                if PAIR:
                     c = tl.load(near_at + r // 4 * 2 * BD + BD + lane)
                 a0, t0, c0, v0, tp0, cp0, s0 = cell(
-                    q_at, k_at, starts_at, i, d, T, length, t, c, slope, bias,
-                    M, CH, GATE, SCAN, OFFSET, PACKED,
+                    q_at, k_at, starts_at, i, d, T, length, window, t, c, slope, bias, peak,
+                    M, CH, GATE, SCAN, OFFSET, PACKED, WINDOWED,
                 )  # fmt: skip
                 a1, t1, c1, v1, tp1, cp1, s1 = cell(
-                    q_at, k_at, starts_at, i + 1, d, T, length, t0, c0, slope, bias,
-                    M, CH, GATE, SCAN, OFFSET, PACKED,
+                    q_at, k_at, starts_at, i + 1, d, T, length, window, t0, c0, slope, bias, peak,
+                    M, CH, GATE, SCAN, OFFSET, PACKED, WINDOWED,
                 )  # fmt: skip
                 a2, t2, c2, v2, tp2, cp2, s2 = cell(
-                    q_at, k_at, starts_at, i + 2, d, T, length, t1, c1, slope, bias,
-                    M, CH, GATE, SCAN, OFFSET, PACKED,
+                    q_at, k_at, starts_at, i + 2, d, T, length, window, t1, c1, slope, bias, peak,
+                    M, CH, GATE, SCAN, OFFSET, PACKED, WINDOWED,
                 )  # fmt: skip
                 a3, t3, c3, v3, tp3, cp3, s3 = cell(
-                    q_at, k_at, starts_at, i + 3, d, T, length, t2, c2, slope, bias,
-                    M, CH, GATE, SCAN, OFFSET, PACKED,
+                    q_at, k_at, starts_at, i + 3, d, T, length, window, t2, c2, slope, bias, peak,
+                    M, CH, GATE, SCAN, OFFSET, PACKED, WINDOWED,
                 )  # fmt: skip
                 ta, ca = row_gradient(
-                    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i + 3, r + 3, d, lane, far, T,
+                    k_at, w_at, g_at, lse_at, delta_at, starts_at, dq_at, u_at, p_at, ring_at,
+                    i + 3, r + 3, d, lane, far, T, length, window,
                     a3, t3, c3, tp3, cp3, v3, s3, ta, ca,
                     slope, sharp, cap, stream, seed, threshold, inverse,
-                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, PACKED, DROPOUT,
+                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, PACKED, DROPOUT, WINDOWED,
                 )  # fmt: skip
                 ta, ca = row_gradient(
-                    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i + 2, r + 2, d, lane, far, T,
+                    k_at, w_at, g_at, lse_at, delta_at, starts_at, dq_at, u_at, p_at, ring_at,
+                    i + 2, r + 2, d, lane, far, T, length, window,
                     a2, t2, c2, tp2, cp2, v2, s2, ta, ca,
                     slope, sharp, cap, stream, seed, threshold, inverse,
-                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, PACKED, DROPOUT,
+                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, PACKED, DROPOUT, WINDOWED,
                 )  # fmt: skip
                 ta, ca = row_gradient(
-                    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i + 1, r + 1, d, lane, far, T,
+                    k_at, w_at, g_at, lse_at, delta_at, starts_at, dq_at, u_at, p_at, ring_at,
+                    i + 1, r + 1, d, lane, far, T, length, window,
                     a1, t1, c1, tp1, cp1, v1, s1, ta, ca,
                     slope, sharp, cap, stream, seed, threshold, inverse,
-                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, PACKED, DROPOUT,
+                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, PACKED, DROPOUT, WINDOWED,
                 )  # fmt: skip
                 ta, ca = row_gradient(
-                    k_at, w_at, g_at, lse_at, delta_at, dq_at, u_at, p_at, i, r, d, lane, far, T,
+                    k_at, w_at, g_at, lse_at, delta_at, starts_at, dq_at, u_at, p_at, ring_at,
+                    i, r, d, lane, far, T, length, window,
                     a0, t0, c0, tp0, cp0, v0, s0, ta, ca,
                     slope, sharp, cap, stream, seed, threshold, inverse,
-                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, PACKED, DROPOUT,
+                    M, CH, V, CV, BD, CW, GATE, SCAN, UTILITY, OFFSET, CAPPED, PACKED, DROPOUT, WINDOWED,
                 )  # fmt: skip
             tl.debug_barrier()
             # Column c of the tile is key j = left + c; row r has its band at c in [r, r + BD).

@@ -21,7 +21,11 @@ def attend_fused(
     form: Form,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """`pairwise.attend_naive` in O(T) memory, forward and backward, with float32 sums."""
+    """`pairwise.attend_naive` in O(T) memory, forward and backward, with float32 sums.
+
+    With a window, `q` and `k` are signs: mismatches then are whole numbers, whose running sums are
+    exact.
+    """
     batch, routes, length, values = w.shape
     table = [_table(x) for x in (q, k, w)]
     if starts is not None:
@@ -43,6 +47,7 @@ def attend_fused(
         form.offset,
         form.cap,
         form.min_length,
+        form.window,
         form.dropout if seed is not None else 0.0,
     )
     return y[:, :length, :values].reshape(batch, routes, length, values).to(w.dtype)
@@ -96,9 +101,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``y [H, T, V]`` and the base-2 log of each row's softmax sum ``[H, T]``."""
     streams, length, values = w.shape
-    offset, dropout = options[8], options[11]
+    offset, dropout = options[8], options[12]
     form = description(q, starts is not None, options)
-    shape = (streams, engine.workers(q, w, options[0], backward=False), length)
+    shape = (streams, engine.workers(q, w, form, backward=False), length)
     z_null = q.new_full((streams, length), -math.inf)
     top = torch.full(shape, -1.0e30, device=q.device)
     if offset:  # the null is a good first reference
@@ -139,9 +144,9 @@ def backward(
     real = _padding(starts, q.shape[0])
     g = (grad if real is None else grad * real).contiguous()
     delta = (g * y).sum(2)
-    offset, dropout = options[8], options[11]
+    offset, dropout = options[8], options[12]
     form = description(q, starts is not None, options)
-    workers = engine.workers(q, w, options[0], backward=True)
+    workers = engine.workers(q, w, form, backward=True)
     shares = tuple(
         torch.zeros((x.shape[0], workers, *x.shape[1:]), device=q.device) for x in (q, k, w)
     )
@@ -179,11 +184,12 @@ def _attend_op(
     offset: int,
     cap: int,
     min_length: int,
+    window: int,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     options = (
         *(length, routes, gate, slope, bias, scan, utility),
-        *(sharpness, offset, cap, min_length, dropout),
+        *(sharpness, offset, cap, min_length, window, dropout),
     )
     return forward(q, k, w, null, starts, seed, options, engine_for(q.device))
 
@@ -207,6 +213,7 @@ def _(
     offset: int,
     cap: int,
     min_length: int,
+    window: int,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(w), w.new_empty(w.shape[:2])
@@ -234,11 +241,12 @@ def _attend_backward_op(
     offset: int,
     cap: int,
     min_length: int,
+    window: int,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = (
         *(length, routes, gate, slope, bias, scan, utility),
-        *(sharpness, offset, cap, min_length, dropout),
+        *(sharpness, offset, cap, min_length, window, dropout),
     )
     engine = engine_for(q.device)
     return backward(grad, q, k, w, null, y, lse, starts, seed, options, engine)
@@ -266,6 +274,7 @@ def _(
     offset: int,
     cap: int,
     min_length: int,
+    window: int,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(w), torch.empty_like(null)
@@ -282,7 +291,7 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     gradients = torch.ops.rosakit.attend_backward(
         grad.contiguous(), *ctx.saved_tensors, *ctx.options
     )
-    return (*gradients, *[None] * 14)
+    return (*gradients, *[None] * 15)
 
 
 _attend_op.register_autograd(_backward, setup_context=_setup_context)
