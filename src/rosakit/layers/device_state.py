@@ -153,6 +153,8 @@ class DeviceState:
 
     def select(self, rows: Tensor) -> None:
         """Keep rows in the given order (beam search)."""
+        if self.bound[1] is not None and len(rows) != self.memory.batch:
+            self.bound = ("", 0)  # so many rows have another limit: the next chunk asks for it
         self.memory = self.memory.index_select(rows)
         self.recipes.clear()
 

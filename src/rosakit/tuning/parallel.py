@@ -7,7 +7,13 @@ from typing import Any
 
 from rosakit.errors import UnsupportedModelError
 
-__all__ = ["check_deepspeed", "check_parallelism", "deepspeed_launched", "processes"]
+__all__ = [
+    "check_deepspeed",
+    "check_parallelism",
+    "deepspeed_launched",
+    "first_process",
+    "processes",
+]
 
 _SPLITS = {
     "cp_size": "context parallelism",
@@ -19,6 +25,11 @@ _SPLITS = {
 def processes() -> int:
     """Processes that a launcher (accelerate, torchrun, deepspeed) started for this run."""
     return max(1, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def first_process() -> bool:
+    """Whether this is the one of them that speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def deepspeed_launched() -> bool:

@@ -24,7 +24,7 @@ from rosakit.tuning.data import Documents, read_documents
 from rosakit.tuning.lora import add_lora, lora_parameters
 from rosakit.tuning.loss import LossModel, find_head
 from rosakit.tuning.packing import PackedBlocks
-from rosakit.tuning.parallel import processes
+from rosakit.tuning.parallel import first_process, processes
 from rosakit.tuning.progress import LiveCallback, counting
 from rosakit.tuning.result import located, save_trained, set_trainable
 from rosakit.tuning.schedule_callback import ScheduleCallback
@@ -81,7 +81,7 @@ def tune(
             place.
         tokenizer: its tokenizer.
         documents: texts to use instead of reading ``config.data``.
-        show: print progress and health to standard error.
+        show: print progress and health to standard error, in the first process.
 
     Returns:
         The result; its files are in ``config.output``.
@@ -91,10 +91,15 @@ def tune(
         DataError: data that cannot be read.
         CheckpointError: a checkpoint that cannot be written or resumed.
     """
-    output = Path(config.output)
+    output, show = Path(config.output), show and first_process()
     checkpoint = _resumable(config)
     if documents is None:
         documents = _documents(config)
+    if config.eval_every and not documents.heldout:
+        raise InvalidInputError(
+            "eval_every measures held-out text, and none was left out of this data; name some with "
+            "heldout, raise heldout_share, or leave out eval_every and patience"
+        )
     _make_folder(output)
     if model is None:
         model, tokenizer = load_model(
