@@ -153,3 +153,13 @@ def test_loss_and_health_reach_a_reporter(texts, tmp_path):
     events = EventAccumulator(str(file.parent))
     events.Reload()
     assert {"train/loss", "train/match_rate", "train/hit_rate"} <= set(events.Tags()["scalars"])
+
+
+def test_reporters_that_are_not_there_are_refused(texts, tmp_path, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    for name in ("wandb", "carrier pigeon"):
+        with pytest.raises(InvalidInputError, match=f"cannot report to {name}: .*Install its"):
+            run(texts, tmp_path / "run", report_to=(name,))
+    assert not (tmp_path / "run").exists()

@@ -100,6 +100,7 @@ def tune(
             "eval_every measures held-out text, and none was left out of this data; name some with "
             "heldout, raise heldout_share, or leave out eval_every and patience"
         )
+    _check_reporters(config.report_to)
     _make_folder(output)
     if model is None:
         model, tokenizer = load_model(
@@ -196,6 +197,20 @@ def _resumable(config: TuneConfig) -> Path | None:
             "another output, or remove the folder"
         )
     return None
+
+
+def _check_reporters(names: Sequence[str]) -> None:
+    """Refuse a reporter that the Trainer does not know, or whose package is missing."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for reporter in get_reporting_integration_callbacks(list(names)):
+            reporter()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InvalidInputError(
+            f"cannot report to {', '.join(names)}: {error}. Install its package, or leave out "
+            "report_to"
+        ) from error
 
 
 def _make_folder(output: Path) -> None:
