@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rosakit import cuda, native
-from rosakit.cuda.stream import bytes_a_symbol
+from rosakit.cuda.stream import StreamMemory, bytes_a_symbol
 from rosakit.layers import RosaAdapter, RosaContext, RosaStates, device_state
 from rosakit.layers import state as state_module
 from rosakit.layers.step import TOKENS, step
@@ -278,3 +278,23 @@ def test_the_limit_of_auto_follows_the_rows(device, monkeypatch):
     assert not taken(adapter, u[rows, 14:15].contiguous(), states)
     adapter(u[rows, 14:15], RosaContext(states=states))
     assert isinstance(states.adapters[0], state_module.AdapterState)
+
+
+@torch.no_grad()
+def test_no_launch_is_traced(device, monkeypatch):
+    """Compiled decoding reads the same, and launches stay out of its graphs."""
+    launch, traced = StreamMemory._launch, []
+
+    def watched(*args, **kwargs):
+        traced.append(torch.compiler.is_compiling())
+        launch(*args, **kwargs)
+
+    adapter = made(device, rank=4)
+    u = recurring(device)
+    states = states_after(adapter, u[:, :20])
+    long = copy.deepcopy(states)
+    monkeypatch.setattr(StreamMemory, "_launch", watched)
+    compiled = torch.compile(lambda x, at: adapter(x, RosaContext(states=at)), backend="eager")
+    got = compiled(u[:, 20:21], states)
+    assert traced == [False]
+    torch.testing.assert_close(got, adapter(u[:, 20:21], RosaContext(states=long)))

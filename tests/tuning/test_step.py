@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from rosakit import cuda, native
-from rosakit.cuda.stream import StreamMemory
 from rosakit.layers import state as state_module
 from rosakit.layers import step as step_module
 from rosakit.layers.device_state import DeviceState
@@ -120,23 +119,3 @@ def test_shared_projections_and_gradients(device, short):
     third = model(ids[:, 22:23], past_key_values=cache).logits
     got = torch.cat([first, second.detach(), third], 1)
     torch.testing.assert_close(got, whole[:, 20:23])
-
-
-@torch.no_grad()
-def test_no_launch_is_traced(device, monkeypatch):
-    """Compiled decoding gives the same tokens, and launches stay out of its graphs."""
-    launch, traced = StreamMemory._launch, []
-
-    def watched(*args, **kwargs):
-        traced.append(torch.compiler.is_compiling())
-        launch(*args, **kwargs)
-
-    monkeypatch.setattr(StreamMemory, "_launch", watched)
-    model = attached(**OPTIONS).to(device)
-    ids = tokens(1, 17).to(device)
-    wanted = model.generate(ids, **NEW)
-    model.forward = torch.compile(model.forward, backend="eager")
-    traced.clear()
-    assert torch.equal(model.generate(ids, **NEW), wanted)
-    assert traced
-    assert not any(traced)
