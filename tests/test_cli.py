@@ -312,6 +312,18 @@ def test_example_configurations_are_valid(name):
     assert config.data.sources == ("x",)
 
 
+def test_a_length_on_the_command_line_overrides_the_other_in_the_file():
+    from rosakit.cli.flags import merge
+    from rosakit.errors import InvalidInputError
+
+    for held, given in (("tokens", "steps"), ("steps", "tokens")):
+        config = merge({"model": "m", held: 5}, {given: "7"})
+        assert (getattr(config, held), getattr(config, given)) == (None, 7)
+        assert getattr(merge({"model": "m", held: 5}, {given: "none"}), held) == 5
+    with pytest.raises(InvalidInputError, match="not both"):
+        merge({"model": "m"}, {"steps": "1", "tokens": "2"})
+
+
 def test_inspect_writes_a_page_and_figures(results, tmp_path, capsys):
     text = results / "texts" / "00.txt"
     page = tmp_path / "page.html"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rosakit import cuda, native
-from rosakit.cuda.stream import bytes_a_symbol
+from rosakit.cuda.stream import StreamMemory, bytes_a_symbol
 from rosakit.layers import RosaAdapter, RosaContext, RosaStates, device_state
 from rosakit.layers import state as state_module
 from rosakit.layers.step import TOKENS, step
@@ -177,6 +177,23 @@ def test_states_that_move_and_change(device):
 
 
 @torch.no_grad()
+def test_another_adapter_with_the_same_maps(device):
+    """A layer's adapter that takes another's place brings its own levels."""
+    first = made(device, rank=4)
+    second = RosaAdapter(
+        24, bits=4, routes=3, backend="cuda", rank=4, projections=first.projections
+    ).to(device)
+    u = recurring(device)
+    states = states_after(first, u[:, :20])
+    assert taken(first, u[:, 20:21].contiguous(), states)
+    long, piece = copy.deepcopy(states), u[:, 21:22].contiguous()
+    wanted = piece + second(piece, RosaContext(states=long))
+    got = step(second, piece, RosaContext(states=states), piece)
+    assert got is not None
+    torch.testing.assert_close(got, wanted)
+
+
+@torch.no_grad()
 def test_two_adapters_share_the_room(device):
     """Layers of different widths take turns with one buffer."""
     first, second = made(device, rank=4), made(device, routes=6, layer_index=1)
@@ -244,3 +261,40 @@ def test_auto_leaves_the_device_in_time(device):
     assert not taken(adapter, u[:, 16:17].contiguous(), states)
     adapter(u[:, 16:17], RosaContext(states=states))
     assert isinstance(states.adapters[0], state_module.AdapterState)
+
+
+@torch.no_grad()
+def test_the_limit_of_auto_follows_the_rows(device, monkeypatch):
+    """Beams that multiply the rows leave room for fewer positions."""
+    monkeypatch.setattr(state_module, "positions_on_device", lambda a, batch: 32 // batch)
+    adapter = made(device, backend="auto")
+    u = recurring(device)
+    states = states_after(adapter, u[:, :12])
+    assert taken(adapter, u[:, 12:13].contiguous(), states)
+    states.select(torch.tensor([1, 0]))  # as many as before
+    assert taken(adapter, u[:, 13:14].contiguous(), states)
+    rows = torch.tensor([0, 0, 1, 1])
+    states.select(rows)
+    assert not taken(adapter, u[rows, 14:15].contiguous(), states)
+    adapter(u[rows, 14:15], RosaContext(states=states))
+    assert isinstance(states.adapters[0], state_module.AdapterState)
+
+
+@torch.no_grad()
+def test_no_launch_is_traced(device, monkeypatch):
+    """Compiled decoding reads the same, and launches stay out of its graphs."""
+    launch, traced = StreamMemory._launch, []
+
+    def watched(*args, **kwargs):
+        traced.append(torch.compiler.is_compiling())
+        launch(*args, **kwargs)
+
+    adapter = made(device, rank=4)
+    u = recurring(device)
+    states = states_after(adapter, u[:, :20])
+    long = copy.deepcopy(states)
+    monkeypatch.setattr(StreamMemory, "_launch", watched)
+    compiled = torch.compile(lambda x, at: adapter(x, RosaContext(states=at)), backend="eager")
+    got = compiled(u[:, 20:21], states)
+    assert traced == [False]
+    torch.testing.assert_close(got, adapter(u[:, 20:21], RosaContext(states=long)))

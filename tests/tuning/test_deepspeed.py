@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from rosakit.errors import UnsupportedModelError
 from rosakit.tuning import RosaConfig
-from rosakit.tuning.parallel import check_deepspeed
+from rosakit.tuning.parallel import check_launch
 from rosakit.tuning.settings import TuneConfig
 from rosakit.tuning.train import TuneResult, tune
 from tests.tuning.texts import corpus, model, tokenizer
@@ -128,11 +128,11 @@ def test_resumed_it_is_the_unbroken_run(tmp_path):
 def test_a_launch_with_deepspeed_that_runs_without_it_is_refused(monkeypatch):
     """accelerate leaves DeepSpeed out without a word where it was told to use the CPU."""
     replicated = SimpleNamespace(distributed_type="MULTI_CPU")
-    check_deepspeed(replicated)
+    check_launch(replicated)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    check_deepspeed(SimpleNamespace(distributed_type="DEEPSPEED"))
+    check_launch(SimpleNamespace(distributed_type="DEEPSPEED"))
     with pytest.raises(UnsupportedModelError, match="DeepSpeed"):
-        check_deepspeed(replicated)
+        check_launch(replicated)
 
 
 def same_run(found: dict[str, Any], folder: Path, alone: TuneResult) -> None:

@@ -18,7 +18,7 @@ from rosakit.tuning import RosaConfig, attach, rosa_parameters
 from rosakit.tuning.base import base_parameters
 from rosakit.tuning.checkpoint import fingerprint
 from rosakit.tuning.loss import LossModel, find_head
-from rosakit.tuning.parallel import check_parallelism
+from rosakit.tuning.parallel import check_launch, check_parallelism, first_process
 from rosakit.tuning.result import load_trained, save_trained, set_trainable
 from rosakit.tuning.settings import TuneConfig
 from tests.tuning.texts import model
@@ -176,6 +176,24 @@ def test_splitting_a_sequence_is_refused():
             check_parallelism(accelerator)
     check_parallelism(SimpleNamespace(parallelism_config=None))
     check_parallelism(SimpleNamespace(parallelism_config=SimpleNamespace(cp_size=1)))
+
+
+def test_a_launch_with_fsdp_that_runs_without_it_is_refused(monkeypatch):
+    """accelerate shards on GPUs only, and replicates on a CPU without a word."""
+    replicated = SimpleNamespace(distributed_type="MULTI_CPU")
+    check_launch(replicated)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for kind in ("FSDP", "NO"):  # one process has nothing to shard
+        check_launch(SimpleNamespace(distributed_type=kind))
+    with pytest.raises(UnsupportedModelError, match="asks for FSDP, but accelerate set up MULTI_"):
+        check_launch(replicated)
+
+
+def test_only_the_first_process_speaks(monkeypatch):
+    assert first_process()
+    for rank, speaks in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert first_process() == speaks
 
 
 def test_ready_configurations_name_settings_that_accelerate_knows():

@@ -130,6 +130,20 @@ def test_patience_stops_a_run_that_learns_nothing(texts, tmp_path):
     assert not result.interrupted
 
 
+def test_measuring_without_held_out_text_is_refused(texts, tmp_path):
+    """Few documents may leave none out; patience would wait for a loss that never comes."""
+    rows = texts / "rows.jsonl"
+    out = held_out(DataConfig(sources=str(rows), streaming=True, heldout_share=0.2), 10**6)
+    known = {d.text for d in out}
+    kept = [r for r in rows.read_text().splitlines() if json.loads(r)["text"] not in known]
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few/rows.jsonl").write_text("\n".join(kept[:3]))
+    for options in ({}, {"patience": 2}):
+        with pytest.raises(InvalidInputError, match="none was left out of this data; name some"):
+            run(tmp_path / "few", tmp_path / "run", eval_every=2, **options)
+    assert not (tmp_path / "run").exists()
+
+
 def test_loss_and_health_reach_a_reporter(texts, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -139,3 +153,13 @@ def test_loss_and_health_reach_a_reporter(texts, tmp_path):
     events = EventAccumulator(str(file.parent))
     events.Reload()
     assert {"train/loss", "train/match_rate", "train/hit_rate"} <= set(events.Tags()["scalars"])
+
+
+def test_reporters_that_are_not_there_are_refused(texts, tmp_path, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    for name in ("wandb", "carrier pigeon"):
+        with pytest.raises(InvalidInputError, match=f"cannot report to {name}: .*Install its"):
+            run(texts, tmp_path / "run", report_to=(name,))
+    assert not (tmp_path / "run").exists()

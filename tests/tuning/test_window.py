@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, DynamicCache
 
-from rosakit.tuning import RosaConfig, attach, detach
+from rosakit.errors import InvalidInputError
+from rosakit.tuning import RosaConfig, attach, detach, rosa_parameters
 from rosakit.tuning.window import (
     AttentionPlan,
     Positions,
@@ -138,6 +139,29 @@ def test_packed_documents_equal_separate_ones(family, form):
         got = model(ids, use_cache=False, **options).logits[0, : sum(lengths)]
         alone = torch.cat([model(row[None], use_cache=False).logits[0] for row in rows])
     torch.testing.assert_close(got, alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens", "cu_seq_lens_q"])
+def test_packed_rows_described_by_cumulative_lengths(name):
+    """Without position ids that restart, which rotary positions can do without."""
+    model = attach(build("llama"), RosaConfig(window=6, sink_tokens=3, token_route=True))
+    with torch.no_grad():
+        for parameter in rosa_parameters(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    lengths = [17, 1, 23, 2]
+    rows = [tokens(1, n, seed=n)[0] for n in lengths]
+    bounds = {name: torch.tensor([0, 17, 18, 41, 43], dtype=torch.int32)}
+    with torch.no_grad():
+        ids = torch.cat(rows)[None]
+        got = model(ids, **bounds).logits[0]
+        alone = torch.cat([model(row[None], use_cache=False).logits[0] for row in rows])
+    torch.testing.assert_close(got, alone, atol=2e-5, rtol=1e-4)
+    with pytest.raises(InvalidInputError, match="one packed row, the batch has 2"):
+        model(ids.expand(2, -1), **bounds)
+    with pytest.raises(InvalidInputError, match="must rise from 0 to at most the packed length 43"):
+        model(ids, **{name: torch.tensor([0, 44])})
+    with pytest.raises(InvalidInputError, match="cannot be read through a cache"):
+        model(ids, use_cache=True, past_key_values=DynamicCache(), **bounds)
 
 
 def starts_of(kind: str, batch: int, length: int) -> torch.Tensor | None:

@@ -82,17 +82,22 @@ def tune(
 
         typer.echo("\n".join(plan_run(run).lines()))
         return
+    from rosakit.tuning.parallel import first_process
     from rosakit.tuning.result import RUN_FILE
     from rosakit.tuning.train import tune as train
 
-    result = train(run, show=not quiet)
+    result, speaks = train(run, show=not quiet), first_process()
     if result.interrupted:
         # What was saved holds every flag, with names that are good from anywhere.
         saved = shlex.quote(str(result.output.expanduser().absolute() / RUN_FILE))
-        typer.echo(
-            f"stopped at step {result.steps}; go on with: rosakit tune {saved} --resume", err=True
-        )
+        if speaks:
+            typer.echo(
+                f"stopped at step {result.steps}; go on with: rosakit tune {saved} --resume",
+                err=True,
+            )
         raise typer.Exit(130)
+    if not speaks:
+        return
     loss, heldout = result.metrics["train_loss"], result.metrics["heldout_loss"]
     shown = "" if heldout is None else f", held-out loss {heldout:.4f}"
     typer.echo(f"{result.output}: {result.steps} steps, training loss {loss:.4f}{shown}")

@@ -24,6 +24,9 @@ _RENAMED = {"sources": "data"}
 _PARTS = {"data": DataConfig, "rosa": RosaConfig}
 """Fields of TuneConfig that are configurations themselves; their flags stand beside its own."""
 
+_LENGTHS = ("steps", "tokens")
+"""Fields of which a run has one: a flag for it overrides the other one, too."""
+
 _PANELS = {"": "Run", "data": "Data", "rosa": "What is added to the model"}
 
 
@@ -145,6 +148,9 @@ def merge(values: Mapping[str, Any], flags: Mapping[str, Any]) -> TuneConfig:
     """
     out = dict(values)
     known = {flag.name: flag for flag in _flags()}
+    for one, other in (_LENGTHS, _LENGTHS[::-1]):
+        if one in flags and other not in flags and known[one].read(flags[one]) is not None:
+            out.pop(other, None)
     for name, value in flags.items():
         flag = known[name]
         if flag.part:

@@ -18,6 +18,7 @@ from torch import Tensor
 from rosakit import cuda, symbols
 from rosakit.cuda import matcher
 from rosakit.cuda.stream import StreamMemory, bytes_a_symbol
+from rosakit.layers.graphs import outside_graphs
 from rosakit.ops.retrieve import gpu_kernels, values_of_bits
 from rosakit.ops.rows import channel_mask
 from rosakit.types import Match
@@ -118,6 +119,7 @@ class DeviceState:
         """Positions held, of the longest row at most."""
         return self.memory.most
 
+    @outside_graphs
     def extend(
         self,
         channels: list[Tensor],
@@ -153,6 +155,8 @@ class DeviceState:
 
     def select(self, rows: Tensor) -> None:
         """Keep rows in the given order (beam search)."""
+        if self.bound[1] is not None and len(rows) != self.memory.batch:
+            self.bound = ("", 0)  # so many rows have another limit: the next chunk asks for it
         self.memory = self.memory.index_select(rows)
         self.recipes.clear()
 

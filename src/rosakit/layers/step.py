@@ -101,10 +101,12 @@ class Weights:
         ]
         self._empty = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]
         self._own = [m.__dict__ for m in modules]
-        self._maps = maps
+        self._maps, self._levels = maps, adapter._parameters
 
     def same(self, adapter: RosaAdapter) -> bool:
         """Whether they lie where they lay, and nothing was put around them."""
+        if adapter._parameters is not self._levels:  # another adapter, maybe with the same maps
+            return False
         for places, name, module in self._places:
             if places.get(name) is not module:
                 return False

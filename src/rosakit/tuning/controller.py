@@ -134,7 +134,7 @@ class RosaController(nn.Module):
                 "the token route and address='token' or 'hash' match token ids, but the model was "
                 "called with inputs_embeds only; pass input_ids instead"
             )
-        documents = named.pop("document_ids", None)
+        documents = layout.documents_of(named, batch, length)
         mask, position_ids = named.get("attention_mask"), named.get("position_ids")
         layout.check_mask(mask, batch)
         packed = documents is not None or layout.is_packed(mask, position_ids, length)
@@ -154,8 +154,8 @@ class RosaController(nn.Module):
         else:
             if packed:
                 raise InvalidInputError(
-                    "packed documents (document_ids, or position_ids that restart) cannot be read "
-                    "through a cache; call the model with use_cache=False"
+                    "packed documents (document_ids, cu_seqlens, or position_ids that restart) "
+                    "cannot be read through a cache; call the model with use_cache=False"
                 )
             context = self._chunk(ids, mask, carrier, batch, length, example.device)
         context.teacher = self.teacher

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,32 @@ def check_mask(mask: object, batch: int) -> None:
             f"attention_mask must be 2-D, [{batch}, positions] with 1 for real tokens, got "
             f"{shape}; windows and documents follow from it, so ready-made 4-D masks are refused"
         )
+
+
+def documents_of(named: dict[str, Any], batch: int, length: int) -> Tensor | None:
+    """Document numbers ``[B, T]`` (negative at padding) that a call names; None if it names none.
+
+    Args:
+        named: the call's arguments: `document_ids`, ours, is taken out; so is `cu_seqlens`, for one
+            row; transformers' own spelling `cu_seq_lens_q` stays, for kernels that read it.
+        batch, length: B and T.
+
+    Raises:
+        InvalidInputError: lengths of several rows, or lengths that do not fit the row.
+    """
+    documents: Tensor | None = named.pop("document_ids", None)
+    bounds = named.pop("cu_seqlens", None)
+    if bounds is None:
+        bounds = named.get("cu_seq_lens_q")
+    if documents is not None or bounds is None:
+        return documents
+    if batch != 1:
+        raise InvalidInputError(
+            f"cu_seqlens describe one packed row, the batch has {batch}; pass document_ids "
+            "[B, T], or pack into one row"
+        )
+    # Every position names its document's start, which is as good as a number.
+    return segments.from_cu_seqlens(bounds, length)
 
 
 def is_packed(mask: Tensor | None, position_ids: Tensor | None, length: int) -> bool:

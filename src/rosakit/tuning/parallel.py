@@ -7,7 +7,13 @@ from typing import Any
 
 from rosakit.errors import UnsupportedModelError
 
-__all__ = ["check_deepspeed", "check_parallelism", "deepspeed_launched", "processes"]
+__all__ = [
+    "check_launch",
+    "check_parallelism",
+    "deepspeed_launched",
+    "first_process",
+    "processes",
+]
 
 _SPLITS = {
     "cp_size": "context parallelism",
@@ -21,25 +27,40 @@ def processes() -> int:
     return max(1, int(os.environ.get("WORLD_SIZE", "1")))
 
 
+def first_process() -> bool:
+    """Whether this is the one of them that speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def deepspeed_launched() -> bool:
     """Whether accelerate's launcher asked for DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes")
+    return _asked("ACCELERATE_USE_DEEPSPEED")
 
 
-def check_deepspeed(accelerator: Any) -> None:
-    """Refuse a launch with DeepSpeed that runs without it.
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
 
-    accelerate leaves DeepSpeed out without a word where the CPU is asked for: every process would
-    hold all of the optimizer's state.
+
+def check_launch(accelerator: Any) -> None:
+    """Refuse a launch with DeepSpeed or FSDP that runs without it.
+
+    accelerate leaves them out without a word where the CPU is asked for: every process would hold
+    the whole model and all of the optimizer's state.
 
     Raises:
-        UnsupportedModelError: DeepSpeed was asked for and is not what runs.
+        UnsupportedModelError: what was asked for is not what runs.
     """
     kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
     if deepspeed_launched() and kind != "DEEPSPEED":
         raise UnsupportedModelError(
             f"the launch asks for DeepSpeed, but accelerate set up {kind}; leave out --cpu, "
             "use_cpu and ACCELERATE_USE_CPU, or launch with another configuration"
+        )
+    # A single process has nothing to shard.
+    if _asked("ACCELERATE_USE_FSDP") and kind not in ("FSDP", "NO"):
+        raise UnsupportedModelError(
+            f"the launch asks for FSDP, but accelerate set up {kind}: it shards on GPUs only. "
+            "Launch on GPUs, or with torchrun or configs/accelerate/ddp.yaml"
         )
 
 

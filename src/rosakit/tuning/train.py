@@ -24,7 +24,7 @@ from rosakit.tuning.data import Documents, read_documents
 from rosakit.tuning.lora import add_lora, lora_parameters
 from rosakit.tuning.loss import LossModel, find_head
 from rosakit.tuning.packing import PackedBlocks
-from rosakit.tuning.parallel import processes
+from rosakit.tuning.parallel import first_process, processes
 from rosakit.tuning.progress import LiveCallback, counting
 from rosakit.tuning.result import located, save_trained, set_trainable
 from rosakit.tuning.schedule_callback import ScheduleCallback
@@ -81,7 +81,7 @@ def tune(
             place.
         tokenizer: its tokenizer.
         documents: texts to use instead of reading ``config.data``.
-        show: print progress and health to standard error.
+        show: print progress and health to standard error, in the first process.
 
     Returns:
         The result; its files are in ``config.output``.
@@ -91,10 +91,16 @@ def tune(
         DataError: data that cannot be read.
         CheckpointError: a checkpoint that cannot be written or resumed.
     """
-    output = Path(config.output)
+    output, show = Path(config.output), show and first_process()
     checkpoint = _resumable(config)
     if documents is None:
         documents = _documents(config)
+    if config.eval_every and not documents.heldout:
+        raise InvalidInputError(
+            "eval_every measures held-out text, and none was left out of this data; name some with "
+            "heldout, raise heldout_share, or leave out eval_every and patience"
+        )
+    _check_reporters(config.report_to)
     _make_folder(output)
     if model is None:
         model, tokenizer = load_model(
@@ -191,6 +197,20 @@ def _resumable(config: TuneConfig) -> Path | None:
             "another output, or remove the folder"
         )
     return None
+
+
+def _check_reporters(names: Sequence[str]) -> None:
+    """Refuse a reporter that the Trainer does not know, or whose package is missing."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for reporter in get_reporting_integration_callbacks(list(names)):
+            reporter()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InvalidInputError(
+            f"cannot report to {', '.join(names)}: {error}. Install its package, or leave out "
+            "report_to"
+        ) from error
 
 
 def _make_folder(output: Path) -> None:

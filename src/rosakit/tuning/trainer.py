@@ -26,7 +26,7 @@ from rosakit.files import atomic_write, sync
 from rosakit.tuning.checkpoint import fingerprint
 from rosakit.tuning.loss import LossModel
 from rosakit.tuning.packing import collate
-from rosakit.tuning.parallel import check_deepspeed, check_parallelism, deepspeed_launched
+from rosakit.tuning.parallel import check_launch, check_parallelism, deepspeed_launched
 from rosakit.tuning.result import load_trained, save_trained
 from rosakit.tuning.sealed import LOSSES, checkpoints, last_checkpoint, seal, verify_checkpoint
 from rosakit.tuning.settings import TuneConfig
@@ -115,7 +115,7 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
             eval_dataset=eval_blocks,
             callbacks=[_Observe(self), *_built_in(config), *callbacks],
         )
-        check_deepspeed(self.accelerator)
+        check_launch(self.accelerator)
         check_parallelism(self.accelerator)
         # The base's weights are whole here; sharded over processes they have no digest.
         self.base_model = None if config.base_from is not None else fingerprint(model.model)
