@@ -77,6 +77,7 @@ KINDS = {
         "select": 6,
         "select_trust": False,
     },
+    "far_many": {"address": "token", "far_distance": 5, "far_candidates": 20, "select": 6},
     "far_several": {"address": "token", "far_distance": 5, "far_candidates": 4},
     "with_route": {"address": "token", "far_distance": 5, "token_route": True},
 }
