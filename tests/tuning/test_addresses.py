@@ -335,6 +335,8 @@ def test_losses_and_options_of_a_choice_need_one():
     with pytest.raises(InvalidInputError, match="'next_token' or 'surplus'"):
         TuneConfig(rosa=chosen, address_loss="teacher")
     assert TuneConfig(rosa=chosen, address_loss="surplus").address_loss == "surplus"
+    with pytest.raises(InvalidInputError, match="select_credit=False leaves"):
+        TuneConfig(rosa=RosaConfig(address="token", select=4, select_credit=False))
     with pytest.raises(InvalidInputError, match="'surplus' or 'teacher'"):
         AddressTeacher("next", 4)
     with pytest.raises(InvalidInputError, match="set far_distance"):
