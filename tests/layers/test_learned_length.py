@@ -176,6 +176,23 @@ def test_credit_is_the_gradient_of_the_expected_read(trust, unmatched):
         assert (grad.abs().sum() > 1e-3) == (trust or name != "null.weight")
 
 
+@pytest.mark.parametrize("trust", [True, False])
+def test_compiles_into_one_graph(trust):
+    adapter, context = learned(select_trust=trust), context_of(text(), 2, 3)
+    compiled = torch.compile(lambda u: adapter(u, context), fullgraph=True, backend="aot_eager")
+    u, names = torch.randn(2, 90, 24), dict(adapter.selection.named_parameters())
+    found = []
+    for call in (compiled, lambda u: adapter(u, context)):
+        context.shared.clear()
+        adapter.zero_grad()
+        y = call(u)
+        y.square().sum().backward()
+        found.append((y.detach(), *(names[n].grad.clone() for n in ("query.weight", "key.weight"))))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert found[0][1].any()
+
+
 def test_a_lens_starts_silent_and_learns():
     ids = text(kinds=6)
     context = context_of(ids, 2, 3)
