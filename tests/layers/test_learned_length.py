@@ -47,13 +47,13 @@ def text(length=90, kinds=4, batch=2):
 
 
 @pytest.mark.parametrize("near, far", [(1, 1), (1, 4), (3, 2), (4, 0)])
-@pytest.mark.parametrize("routes", [12, 7])
+@pytest.mark.parametrize("routes, least", [(12, 1), (7, 1), (7, 3)])
 @pytest.mark.parametrize("trust", [True, False])
-def test_starts_as_the_fixed_match_with_tiers(near, far, routes, trust):
+def test_starts_as_the_fixed_match_with_tiers(near, far, routes, least, trust):
     """Whatever else there is to choose, at the start the first of each group is read."""
     ids = text()
-    chosen = adapter_of(near, far, routes, select=5, select_trust=trust)
-    fixed = adapter_of(1, 1 if far else 0, routes)
+    chosen = adapter_of(near, far, routes, select=5, select_trust=trust, min_length=least)
+    fixed = adapter_of(1, 1 if far else 0, routes, min_length=least)
     fixed.load_state_dict(chosen.state_dict(), strict=False)
     u = torch.randn(2, 90, 24)
     context, plain = context_of(ids, near, far), context_of(ids, 1, 1 if far else 0)
@@ -62,6 +62,8 @@ def test_starts_as_the_fixed_match_with_tiers(near, far, routes, trust):
     assert torch.equal(chosen(u, context), fixed(u, plain))
     assert torch.equal(context.matches[0].position, plain.matches[0].position)
     assert torch.equal(context.matches[0].length, plain.matches[0].length)
+    length = plain.matches[0].length
+    assert int(length[length > 0].min()) >= least
 
 
 def test_further_matches_are_distant_and_say_something_else():
@@ -132,12 +134,15 @@ def test_lengths_and_reads_follow_the_formula(trust):
     assert torch.equal(match.position >= 0, match.length > 0)
 
 
+@pytest.mark.parametrize("unmatched", ["zero", "self", "null"])
 @pytest.mark.parametrize("trust", [True, False])
-def test_credit_is_the_gradient_of_the_expected_read(trust):
+def test_credit_is_the_gradient_of_the_expected_read(trust, unmatched):
     """With trust each tier competes as reading nothing; forward is the hard read."""
     ids = text(batch=1)
     u, weight = torch.randn(1, 90, 24), torch.randn(1, 90, 24)
-    adapter = learned(routes=7, select_trust=trust)
+    adapter = learned(routes=7, select_trust=trust, unmatched=unmatched)
+    if adapter.e_null is not None:
+        torch.nn.init.normal_(adapter.e_null)
     context = context_of(ids, 2, 3)
     (adapter(u, context) * weight).sum().backward()
     names = dict(adapter.selection.named_parameters())
@@ -148,23 +153,44 @@ def test_credit_is_the_gradient_of_the_expected_read(trust):
     bit = torch.where(adapter.v_proj(u) > 0, adapter.e1, adapter.e0).detach()
     soft = []
     for r in range(7):
+        own = slice(2 * r, 2 * r + 2)
+        nothing = {"self": bit[0, :, own], "zero": torch.zeros(2)}.get(unmatched)
+        if nothing is None:
+            nothing = adapter.e_null[own].detach()
         group = [0, 1] if r % 2 == 0 else [2, 3, 4]
         least = torch.full_like(octaves[0, :, :1], TIERS[r // 2 % 4] - 0.5).log2()
         share = torch.cat([octaves[0][:, group], least], 1)
         share = (share if trust else share[:, :-1]).softmax(1).nan_to_num()
-        part = 0
+        part = share[:, -1:] * nothing if trust else 0
         for place, c in enumerate(group):
             p = found.position[0, c]
             if not trust:
                 p = p.masked_fill(found.length[0, c] < TIERS[r // 2 % 4], -1)
-            value = bit[0, p.clamp(min=0).long(), 2 * r : 2 * r + 2]
-            part = part + share[:, place, None] * torch.where(p[:, None] >= 0, value, 0.0)
+            value = torch.where(p[:, None] >= 0, bit[0, p.clamp(min=0).long(), own], nothing)
+            part = part + share[:, place, None] * value
         soft.append(part)
     (adapter.o_proj(torch.cat(soft, 1)[None]) * weight).sum().backward()
     for name, grad in got.items():
         torch.testing.assert_close(names[name].grad, grad, atol=2e-4, rtol=1e-3)
         # What all candidates of a group share cannot change which of them is read.
         assert (grad.abs().sum() > 1e-3) == (trust or name != "null.weight")
+
+
+@pytest.mark.parametrize("trust", [True, False])
+def test_compiles_into_one_graph(trust):
+    adapter, context = learned(select_trust=trust), context_of(text(), 2, 3)
+    compiled = torch.compile(lambda u: adapter(u, context), fullgraph=True, backend="aot_eager")
+    u, names = torch.randn(2, 90, 24), dict(adapter.selection.named_parameters())
+    found = []
+    for call in (compiled, lambda u: adapter(u, context)):
+        context.shared.clear()
+        adapter.zero_grad()
+        y = call(u)
+        y.square().sum().backward()
+        found.append((y.detach(), *(names[n].grad.clone() for n in ("query.weight", "key.weight"))))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert found[0][1].any()
 
 
 def test_a_lens_starts_silent_and_learns():

@@ -77,6 +77,7 @@ KINDS = {
         "select": 6,
         "select_trust": False,
     },
+    "far_many": {"address": "token", "far_distance": 5, "far_candidates": 20, "select": 6},
     "far_several": {"address": "token", "far_distance": 5, "far_candidates": 4},
     "with_route": {"address": "token", "far_distance": 5, "token_route": True},
 }
@@ -334,6 +335,8 @@ def test_losses_and_options_of_a_choice_need_one():
     with pytest.raises(InvalidInputError, match="'next_token' or 'surplus'"):
         TuneConfig(rosa=chosen, address_loss="teacher")
     assert TuneConfig(rosa=chosen, address_loss="surplus").address_loss == "surplus"
+    with pytest.raises(InvalidInputError, match="select_credit=False leaves"):
+        TuneConfig(rosa=RosaConfig(address="token", select=4, select_credit=False))
     with pytest.raises(InvalidInputError, match="'surplus' or 'teacher'"):
         AddressTeacher("next", 4)
     with pytest.raises(InvalidInputError, match="set far_distance"):

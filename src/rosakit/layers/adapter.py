@@ -79,9 +79,9 @@ class RosaAdapter(nn.Module):
             distance.
         length_tiers: "token" and fixed "hash" only: minimal match lengths that the routes (of
             each candidate) take in turn, so that the output projection can tell long matches from
-            short ones; () for `min_length` everywhere. With `select`, lengths are learned (see
-            `rosakit.layers.learned_length`) and routes take the far and the other candidates in
-            turn.
+            short ones; () for `min_length` everywhere, below which no tier goes. With `select`,
+            lengths are learned (see `rosakit.layers.learned_length`) and routes take the far and
+            the other candidates in turn.
         select: "token" only: width of the learned products that choose among the candidates (see
             `rosakit.layers.selection`), for all routes alike; 0 deals candidates to routes by rank.
         select_tiers: shares of the chosen candidate that the routes ask for in turn; () for none.
@@ -423,8 +423,14 @@ class RosaAdapter(nn.Module):
         if self.select_credit and log_share.requires_grad:
             # Straight through: the hard read forward, the expectation over the shares backward.
             fixed = v.detach(), self.e0.detach(), self.e1.detach()
+            nothing: Tensor | None = None
+            if self.unmatched != "zero":
+                unread = torch.full_like(match.position, NO_MATCH)
+                nothing = self.read_at(fixed[0], unread, *fixed[1:]).detach()
             for position, share in self.selection.expected_reads(log_share, found, self.routes):
                 value = self.read_at(fixed[0], position, *fixed[1:]).detach()
+                if nothing is not None:
+                    value = value - nothing  # what a candidate gains is lost by reading nothing
                 share = (share - share.detach()).to(v.dtype)
                 if share.shape[-1] > 1:
                     share = share.repeat_interleave(self.bits, -1)
@@ -550,7 +556,8 @@ class RosaAdapter(nn.Module):
         least: int | Tensor = self.min_length
         if self.length_tiers:
             turn = torch.arange(self.routes) // self.candidates % len(self.length_tiers)
-            least = torch.tensor(self.length_tiers)[turn][None, :, None].to(match.length.device)
+            tiers = torch.tensor(self.length_tiers).clamp(min=self.min_length)
+            least = tiers[turn][None, :, None].to(match.length.device)
         short = match.length < least
         return Match(
             match.position.masked_fill(short, NO_MATCH), match.length.masked_fill(short, 0)

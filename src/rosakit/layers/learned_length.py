@@ -22,6 +22,7 @@ is read, and never whether it is long enough.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -231,4 +232,4 @@ def _octaves(length: Tensor) -> Tensor:
 
 def _least(tier: int) -> float:
     """Octaves halfway between the lengths that a tier refuses and those that it takes."""
-    return float(torch.log2(torch.tensor(tier - 0.5)))
+    return math.log2(tier - 0.5)

@@ -218,7 +218,7 @@ class RosaController(nn.Module):
         own = self.config.address_candidates if self.injected else 1
         own = max(own, self._recalled)
         if self._reads_far and self.config.far_candidates > 1:
-            own = max(own, SEARCHED)
+            own = max(own, SEARCHED, self.config.far_candidates)
         return own if self.token_route is None else max(own, self.token_route.candidates)
 
     @property

@@ -55,7 +55,7 @@ class InjectedAdapter(nn.Module):
         if begun is not None:
             self._begun = None
         forward = self._shared.context_of(module, kwargs)
-        if forward.teacher is not None:
+        if forward.silent:
             return None
         u, context = _hidden(args, kwargs), forward.rosa
         first = output[0] if isinstance(output, tuple) else output

@@ -165,9 +165,14 @@ class TuneConfig:
         self._check_address_loss()
 
     def _check_address_loss(self) -> None:
-        if self.address_loss == "none":
-            return
         rosa = self.rosa
+        if self.address_loss == "none":
+            if rosa is not None and rosa.adapters and rosa.select and not rosa.select_credit:
+                raise InvalidInputError(
+                    "select_credit=False leaves a learned choice to an address loss and there is "
+                    "none; set address_loss='next_token' or 'surplus', or select_credit=True"
+                )
+            return
         if rosa is None or not rosa.adapters or not (rosa.learns_address or rosa.select):
             raise InvalidInputError(
                 f"address_loss={self.address_loss!r} teaches learned addresses; set adapters, and "
