@@ -54,6 +54,8 @@ class RosaController(nn.Module):
         keep_inputs: recorded contexts also hold what learned addresses are computed from.
         teacher: while set, passes show full attention without adapters to it.
         silent: while set, passes are the windowed model's, without adapters and token route.
+        packed: whether position ids restart inside a row, where the caller knows; None to look at
+            them, which waits for the device and which a compiled model cannot do in one graph.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class RosaController(nn.Module):
         self.keep_inputs = False
         self.teacher: AttentionTargets | None = None
         self.silent = False
+        self.packed: bool | None = None
         self.shared = shared
         self._candidates: TokenCandidates | None = None
         self._logits_to_keep: int | Tensor = 0
@@ -137,7 +140,11 @@ class RosaController(nn.Module):
         documents = layout.documents_of(named, batch, length)
         mask, position_ids = named.get("attention_mask"), named.get("position_ids")
         layout.check_mask(mask, batch)
-        packed = documents is not None or layout.is_packed(mask, position_ids, length)
+        packed = documents is not None or (
+            layout.is_packed(mask, position_ids, length)
+            if self.packed is None or position_ids is None
+            else self.packed
+        )
         carrier = self._cache(module, named, packed)
         if carrier is None:
             if mask is not None and mask.shape[1] != length:
