@@ -165,6 +165,8 @@ class RosaController(nn.Module):
                     "cannot be read through a cache; call the model with use_cache=False"
                 )
             context = self._chunk(ids, mask, carrier, batch, length, example.device)
+        # Enabling it makes the embeddings require gradients, so every layer runs again.
+        context.recomputed = _checkpoints(module) and torch.is_grad_enabled()
         context.teacher = self.teacher
         context.silent = self.silent or self.teacher is not None
         if self.recorder is not None and not context.silent:
@@ -255,7 +257,7 @@ class RosaController(nn.Module):
     def _cache(self, decoder: Any, named: dict[str, Any], packed: bool) -> RosaCacheLayer | None:
         """The carrier of this pass's cache, made or prepared where the call asks for one."""
         cache, use_cache = named.get("past_key_values"), named.get("use_cache")
-        checkpointing = decoder.training and getattr(decoder, "gradient_checkpointing", False)
+        checkpointing = _checkpoints(decoder)
         if cache is not None and checkpointing:
             raise InvalidInputError(
                 "gradient checkpointing drops the cache inside the layers; call the model with "
@@ -414,3 +416,8 @@ class RosaController(nn.Module):
         if not self.token_route.retrieve:
             found = self.token_route.own_value_candidates(ids, found)
         return found
+
+
+def _checkpoints(decoder: nn.Module) -> bool:
+    """Whether layers drop what they computed, to compute it again in the backward pass."""
+    return decoder.training and bool(getattr(decoder, "gradient_checkpointing", False))
