@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
 from rosakit.errors import InvalidInputError
-from rosakit.tuning import RosaConfig, attach, detach
+from rosakit.tuning import RosaConfig, attach
 from rosakit.tuning.retention import RESERVE
 from tests.tuning.tiny import FAMILIES, attached, build, pad_rows, tokens
 
@@ -122,19 +120,6 @@ def test_a_static_cache_is_refused():
     model = attached(**OPTIONS)
     with pytest.raises(InvalidInputError, match=r"static, quantized and other caches are refused"):
         model.generate(tokens(1, 8), cache_implementation="static", **NEW)
-
-
-@torch.no_grad()
-def test_a_quantized_cache_is_refused_before_its_package_is_looked_for():
-    model, ids = attached(**OPTIONS), tokens(1, 8)
-    for refusing in (model, copy.deepcopy(model)):
-        with pytest.raises(InvalidInputError, match=r"static, quantized and other caches are ref"):
-            refusing.generate(ids, cache_implementation="quantized", **NEW)
-    wanted = model.generate(ids, do_sample=False, **NEW)
-    assert torch.equal(copy.deepcopy(model).generate(ids, do_sample=False, **NEW), wanted)
-    before = set(model.__dict__)
-    detach(model)
-    assert before - set(model.__dict__) == {"_prepare_cache_for_generation"}
 
 
 @torch.no_grad()

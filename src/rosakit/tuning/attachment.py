@@ -6,7 +6,6 @@ how they take part in a forward pass is decided here, once.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -43,9 +42,6 @@ _HOOK_TABLES = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
-
-_PREPARE_CACHE = "_prepare_cache_for_generation"
-"""The method of transformers' models that makes the cache of a `generate`."""
 
 
 def check_free(model: Any) -> None:
@@ -106,8 +102,6 @@ def connect(model: Any, controller: RosaController) -> None:
     model.register_forward_hook(controller.after_model, always_call=True)
     decoder.register_forward_pre_hook(controller.before_decoder, with_kwargs=True)
     decoder.register_forward_hook(controller.after_decoder, always_call=True)
-    if hasattr(model, _PREPARE_CACHE):
-        setattr(model, _PREPARE_CACHE, partial(_prepare_cache, model))
     if controller.token_route is not None:
         model.get_output_embeddings().register_forward_hook(controller.after_head)
     sites = attention_sites(decoder)
@@ -132,7 +126,6 @@ def connect(model: Any, controller: RosaController) -> None:
 def disconnect(model: Any, controller: RosaController) -> None:
     """Undo `connect`: the model computes what it did before."""
     decoder = decoder_of(model)
-    model.__dict__.pop(_PREPARE_CACHE, None)
     for site in attention_sites(decoder):
         if hasattr(site.attention, attention.ATTRIBUTE):
             delattr(site.attention, attention.ATTRIBUTE)
@@ -142,21 +135,6 @@ def disconnect(model: Any, controller: RosaController) -> None:
     if controller.original_attention is not None:
         decoder.config._attn_implementation = controller.original_attention
         controller.original_attention = None
-
-
-def _prepare_cache(model: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' method, but a cache that is refused is not made: its package may be missing.
-
-    Raises:
-        InvalidInputError: a quantized cache is asked for.
-    """
-    if generation_config.cache_implementation == "quantized" and generation_config.use_cache:
-        raise InvalidInputError(
-            "cache_implementation='quantized' asks for a cache that cannot carry a window and "
-            "streaming states; static, quantized and other caches are refused. Leave "
-            "cache_implementation unset"
-        )
-    return getattr(type(model), _PREPARE_CACHE)(model, generation_config, *args, **kwargs)
 
 
 def _windowed(config: RosaConfig, decoder: Any, sites: list[AttentionSite]) -> list[bool]:
