@@ -158,6 +158,7 @@ def put_on(model: Any, name: str, window: int) -> None:
 
 def take_off(model: Any, name: str) -> None:
     """Undo `put_on`."""
+    inject.step = step
     if VARIANTS[name] is not None:
         detach(model)
 
@@ -204,6 +205,7 @@ def check(device: str, names: list[str]) -> dict[str, float]:
         twin = stepped.get(TWINS.get(name, name), stepped[name])
         apart = float((stepped[name] - twin).abs().max())
         assert apart < 1e-3, f"{name}: its twin has other logits, by {apart}"
+        take_off(model, name)
     return found
 
 

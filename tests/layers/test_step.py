@@ -11,7 +11,7 @@ from rosakit import cuda, native
 from rosakit.cuda.stream import StreamMemory, bytes_a_symbol
 from rosakit.layers import RosaAdapter, RosaContext, RosaStates, device_state
 from rosakit.layers import state as state_module
-from rosakit.layers.step import TOKENS, step
+from rosakit.layers.step import TOKENS, Weights, step
 from tests.cuda import emulated
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="compiled core missing")
@@ -174,6 +174,20 @@ def test_states_that_move_and_change(device):
     long.settle([adapter])
     short.settle([adapter])
     assert not taken(adapter, u[beams, :1].contiguous(), short)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["o_proj.down", "e0"])
+def test_weights_of_another_format_at_the_old_address_are_others(name):
+    adapter = made("cpu", rank=4)
+    held, parameter = Weights(adapter), adapter.get_parameter(name)
+    assert held.same(adapter)
+    before = parameter.data
+    parameter.data = before.view(torch.bfloat16)[..., : before.shape[-1]]
+    assert parameter.data_ptr() == before.data_ptr()
+    assert not held.same(adapter)
+    parameter.data = before
+    assert held.same(adapter)
 
 
 @torch.no_grad()

@@ -179,3 +179,33 @@ def test_matches_are_kept_for_a_few_layers_of_observed_steps_only(monkeypatch):
     with record_matches(model) as contexts:
         model(ids)
     assert sorted(contexts[0].matches) == list(range(7))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_that_says_whether_it_is_packed_breaks_no_graph(packed):
+    """Position ids need no look: one graph, with the loss and gradients of the plain model."""
+    model, _ = prepared(adapters=True, token_route=False)
+    inputs = batch()
+    if not packed:
+        inputs["position_ids"] = torch.arange(40).expand(2, -1)
+    loss_model = LossModel(model, None)
+    wanted_loss = loss_model(**inputs)["loss"]
+    wanted_loss.backward()
+    wanted = gradients(model)
+    torch._dynamo.reset()
+    # The labels that count are picked out, however many there are.
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(loss_model, backend="eager", fullgraph=True)
+        loss = compiled(**inputs, packed=packed)["loss"]
+    loss.backward()
+    torch.testing.assert_close(loss, wanted_loss)
+    torch.testing.assert_close(gradients(model), wanted)
+    assert controller_of(model).packed is None
+
+
+def test_with_a_chunked_loss_only_the_choice_of_labels_breaks_the_graph():
+    model, head = prepared(adapters=True, token_route=False)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(LossModel(model, head))(**batch(), packed=True)
+    places = {r.user_stack[-1].filename.rsplit("/", 1)[-1] for r in found.break_reasons}
+    assert places == {"loss.py"}

@@ -80,6 +80,13 @@ def test_documents_of_a_block_do_not_see_each_other():
     torch.testing.assert_close(together["loss"] * together["tokens"], total)
 
 
+@pytest.mark.parametrize(("isolate", "packed"), [(True, True), (False, False)])
+def test_a_batch_says_whether_a_document_begins_inside_a_row(isolate, packed):
+    documents = [Document("a", "w1 w2 w3"), Document("b", "w4 w5 w6")]
+    item = blocks(documents, 8, isolate=isolate)[0]
+    assert collate([item, item])["packed"] is packed
+
+
 def test_blocks_are_a_function_of_seed_and_index():
     documents = repeating(9)
     options = {"seed": 3, "count": 40, "repeat": 0.3, "repeat_length": 5}

@@ -130,6 +130,31 @@ def test_patience_stops_a_run_that_learns_nothing(texts, tmp_path):
     assert not result.interrupted
 
 
+def test_patience_goes_on_from_a_checkpoint(texts, tmp_path, monkeypatch):
+    """The best loss is kept; no folder is missed, and no step is measured twice."""
+    warned = []
+    monkeypatch.setattr(
+        "transformers.trainer.logger.warning", lambda message, *_, **__: warned.append(message)
+    )
+    options = {"eval_every": 4, "patience": 2}
+    whole = run(texts, tmp_path / "run", **options)
+    root = whole.output / "checkpoints"
+    states = {
+        step: json.loads((root / f"checkpoint-{step}/trainer_state.json").read_text())
+        for step in (4, 8)
+    }
+    assert states[4]["best_global_step"] == 4
+    assert states[4]["best_metric"] is not None
+    assert all(state["best_model_checkpoint"] is None for state in states.values())
+    shutil.rmtree(root / "checkpoint-8")
+    again = run(texts, tmp_path / "run", resume=True, **options)
+    assert not [message for message in warned if "best checkpoint" in message]
+    for result in (whole, again):
+        measured = [e["step"] for e in result.metrics["history"] if "eval_loss" in e]
+        assert measured == [4, 8]
+    assert again.metrics["heldout_loss"] == whole.metrics["heldout_loss"]
+
+
 def test_measuring_without_held_out_text_is_refused(texts, tmp_path):
     """Few documents may leave none out; patience would wait for a loss that never comes."""
     rows = texts / "rows.jsonl"

@@ -95,7 +95,7 @@ class Weights:
         modules = [adapter, *(m for m in maps._modules.values() if m is not None)]
         self._places = [(maps._modules, name, m) for name, m in maps._modules.items()]
         self._held = [
-            (m._parameters, name, p, 0 if p is None else p.data_ptr())
+            (m._parameters, name, p, *((0, None) if p is None else (p.data_ptr(), p.dtype)))
             for m in modules
             for name, p in m._parameters.items()
         ]
@@ -104,16 +104,19 @@ class Weights:
         self._maps, self._levels = maps, adapter._parameters
 
     def same(self, adapter: RosaAdapter) -> bool:
-        """Whether they lie where they lay, and nothing was put around them."""
+        """Whether they lie where they lay, in the same format, and nothing was put around them."""
         if adapter._parameters is not self._levels:  # another adapter, maybe with the same maps
             return False
         for places, name, module in self._places:
             if places.get(name) is not module:
                 return False
-        for table, name, parameter, address in self._held:
+        for table, name, parameter, address, dtype in self._held:
             if table.get(name) is not parameter:
                 return False
-            if address and parameter.data_ptr() != address:  # type: ignore[union-attr]
+            if parameter is None or not address:
+                continue
+            # Weights that were converted twice may lie at an old address in another format.
+            if parameter.data_ptr() != address or parameter.dtype is not dtype:
                 return False
         for hooks in self._empty:
             if hooks:

@@ -30,6 +30,7 @@ class ForwardContext:
         recall: the recalled spans; None without them.
         teacher: set in a pass with full attention and without adapters, which it watches.
         silent: set in a pass without adapters.
+        recomputed: set where the backward pass runs layers again (gradient checkpointing).
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class ForwardContext:
         self.rosa, self.plan, self.attended, self.teacher = rosa, plan, 0, teacher
         self.recall: Recall | None = None
         self.silent = teacher is not None
+        self.recomputed = False
 
 
 class Shared:
@@ -58,16 +60,24 @@ class Shared:
         """The context of the running pass.
 
         Raises:
-            UnsupportedModelError: outside a pass of the attached model, as in a recomputation of
-                an architecture that passes no keywords down.
+            UnsupportedModelError: a pass that will be recomputed, of an architecture that passes no
+                keywords down; or outside a pass of the attached model.
         """
         context = kwargs.get(CONTEXT)
         if context is None:
             context = self.current
+            if context is not None and context.recomputed:
+                raise UnsupportedModelError(
+                    f"gradient checkpointing cannot be used here: {type(module).__name__} is "
+                    "handed no keyword arguments by its layer, so recomputing it would lack what "
+                    "rosakit knows of the pass. Call model.gradient_checkpointing_disable(), or "
+                    "leave out gradient_checkpointing; smaller batches with accumulate need less "
+                    "memory, too"
+                )
         if not isinstance(context, ForwardContext):
             raise UnsupportedModelError(
                 f"{type(module).__name__} ran outside a forward pass of the attached model. Call "
                 "the model itself; if this came from gradient checkpointing, this architecture "
-                "does not hand keyword arguments to its attention and cannot be checkpointed"
+                "does not hand keyword arguments to its attention, so train it without"
             )
         return context

@@ -54,6 +54,8 @@ class RosaController(nn.Module):
         keep_inputs: recorded contexts also hold what learned addresses are computed from.
         teacher: while set, passes show full attention without adapters to it.
         silent: while set, passes are the windowed model's, without adapters and token route.
+        packed: whether position ids restart inside a row, where the caller knows; None to look at
+            them, which waits for the device and which a compiled model cannot do in one graph.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class RosaController(nn.Module):
         self.keep_inputs = False
         self.teacher: AttentionTargets | None = None
         self.silent = False
+        self.packed: bool | None = None
         self.shared = shared
         self._candidates: TokenCandidates | None = None
         self._logits_to_keep: int | Tensor = 0
@@ -137,7 +140,11 @@ class RosaController(nn.Module):
         documents = layout.documents_of(named, batch, length)
         mask, position_ids = named.get("attention_mask"), named.get("position_ids")
         layout.check_mask(mask, batch)
-        packed = documents is not None or layout.is_packed(mask, position_ids, length)
+        packed = documents is not None or (
+            layout.is_packed(mask, position_ids, length)
+            if self.packed is None or position_ids is None
+            else self.packed
+        )
         carrier = self._cache(module, named, packed)
         if carrier is None:
             if mask is not None and mask.shape[1] != length:
@@ -158,6 +165,8 @@ class RosaController(nn.Module):
                     "cannot be read through a cache; call the model with use_cache=False"
                 )
             context = self._chunk(ids, mask, carrier, batch, length, example.device)
+        # Enabling it makes the embeddings require gradients, so every layer runs again.
+        context.recomputed = _checkpoints(module) and torch.is_grad_enabled()
         context.teacher = self.teacher
         context.silent = self.silent or self.teacher is not None
         if self.recorder is not None and not context.silent:
@@ -248,7 +257,7 @@ class RosaController(nn.Module):
     def _cache(self, decoder: Any, named: dict[str, Any], packed: bool) -> RosaCacheLayer | None:
         """The carrier of this pass's cache, made or prepared where the call asks for one."""
         cache, use_cache = named.get("past_key_values"), named.get("use_cache")
-        checkpointing = decoder.training and getattr(decoder, "gradient_checkpointing", False)
+        checkpointing = _checkpoints(decoder)
         if cache is not None and checkpointing:
             raise InvalidInputError(
                 "gradient checkpointing drops the cache inside the layers; call the model with "
@@ -407,3 +416,8 @@ class RosaController(nn.Module):
         if not self.token_route.retrieve:
             found = self.token_route.own_value_candidates(ids, found)
         return found
+
+
+def _checkpoints(decoder: nn.Module) -> bool:
+    """Whether layers drop what they computed, to compute it again in the backward pass."""
+    return decoder.training and bool(getattr(decoder, "gradient_checkpointing", False))

@@ -8,7 +8,8 @@ graph is built below it at all, and the backward pass touches a few hundred numb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,6 +90,7 @@ class LossModel(nn.Module):
         labels: Tensor,
         position_ids: Tensor | None = None,
         num_items: Tensor | int | None = None,
+        packed: bool | None = None,
     ) -> dict[str, Tensor]:
         """Mean negative log likelihood in nats a token.
 
@@ -96,10 +98,22 @@ class LossModel(nn.Module):
             input_ids, labels: ``[B, T]``; labels of -100 do not count.
             position_ids: ``[B, T]``, restarting with each document.
             num_items: what to divide the sum by; None for the number of labels that count.
+            packed: whether `position_ids` restart inside a row, as `collate` says on the CPU; None
+                to find out, which waits for the device and breaks the graph of a compiled model.
 
         Returns:
             `loss`, and the number of `tokens` that count.
         """
+        with _told(self.model, packed):
+            return self._loss(input_ids, labels, position_ids, num_items)
+
+    def _loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None,
+        num_items: Tensor | int | None,
+    ) -> dict[str, Tensor]:
         target = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         counted = target != IGNORE
         teaching = self.teacher is not None and torch.is_grad_enabled()
@@ -159,6 +173,20 @@ class LossModel(nn.Module):
         assert route is not None
         nll, log_keep = candidate_nll(route, hidden, log_p, wanted, found)
         return nll, found, log_keep
+
+
+@contextmanager
+def _told(model: Any, packed: bool | None) -> Iterator[None]:
+    """Let all passes inside, the teacher's too, know whether the batch is packed."""
+    if not is_attached(model):
+        yield
+        return
+    controller = controller_of(model)
+    before, controller.packed = controller.packed, packed
+    try:
+        yield
+    finally:
+        controller.packed = before
 
 
 class _Watch:

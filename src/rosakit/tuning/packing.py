@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from rosakit.errors import DataError
 from rosakit.tuning.data import DataConfig, Document
+from rosakit.tuning.layout import is_packed
 
 __all__ = [
     "IGNORE",
@@ -238,6 +239,13 @@ def lay_out(block: Block, isolate: bool) -> dict[str, Tensor]:
     }
 
 
-def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack items: ``[B, T]`` of each."""
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+    """Stack items: ``[B, T]`` of each, and whether `packed`: a document begins inside a row.
+
+    Said here, on the CPU, so that the model need not look, which would wait for the device.
+    """
+    batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    position = batch.get("position_ids")
+    if position is not None:
+        batch["packed"] = is_packed(None, position, position.shape[1])
+    return batch

@@ -133,7 +133,7 @@ def tune(
         with _interruptible(stop):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.drain()
-            if eval_blocks is not None and not stop.asked:
+            if eval_blocks is not None and not stop.asked and not trainer.evaluated:
                 trainer.evaluate()
     finally:
         live.close()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from rosakit.errors import CheckpointError, InvalidInputError
 from rosakit.files import atomic_write, sync
@@ -174,6 +175,14 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
         return found
 
     @property
+    def evaluated(self) -> bool:
+        """Whether the held-out loss was measured after the last step."""
+        step = self.state.global_step
+        return any(
+            entry["step"] == step for entry in self.state.log_history if "eval_loss" in entry
+        )
+
+    @property
     def seconds(self) -> float:
         """Time spent training, over all continuations."""
         return self._seconds_before + time.perf_counter() - self._began
@@ -242,7 +251,11 @@ class RosaTrainer(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             name = f"checkpoint-{self.state.global_step}"
+            # The Trainer noted it in the staging folder, which is gone when a run is resumed; only
+            # the best loss and its step matter here, for patience.
+            self.state.best_model_checkpoint = None
             if self.args.should_save:
+                self.state.save_to_json(str(root / _STAGING / name / TRAINER_STATE_NAME))
                 seal(root / _STAGING / name)
                 shutil.rmtree(root / name, ignore_errors=True)
                 os.replace(root / _STAGING / name, root / name)
