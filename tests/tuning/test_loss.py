@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.nn import functional as F
 
 from rosakit.tuning import RosaConfig, attach, record_matches
@@ -209,3 +210,23 @@ def test_with_a_chunked_loss_only_the_choice_of_labels_breaks_the_graph():
     found = torch._dynamo.explain(LossModel(model, head))(**batch(), packed=True)
     places = {r.user_stack[-1].filename.rsplit("/", 1)[-1] for r in found.break_reasons}
     assert places == {"loss.py"}
+
+
+def test_a_compiled_model_observes_without_compiling_more():
+    model, head = prepared(adapters=True, token_route=True)
+    loss_model = LossModel(model, head)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(loss_model, backend=counter)
+    plain = [compiled(**batch(), packed=True)["loss"] for _ in range(2)]
+    frames = counter.frame_count
+    assert frames > 0
+    loss_model.observe = True
+    observed = compiled(**batch(), packed=True)["loss"]
+    assert loss_model.health["match_rate"] > 0
+    assert counter.frame_count == frames
+    loss_model.observe = False
+    plain.append(compiled(**batch(), packed=True)["loss"])
+    assert counter.frame_count == frames
+    for loss in plain:
+        torch.testing.assert_close(loss, observed)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rosakit.layers import RosaContext, TokenCandidates, TokenRoute
+from rosakit.layers.graphs import outside_graphs
 from rosakit.layers.health import Fault, FaultLog
 from rosakit.layers.token_route import mixed_log_prob
 from rosakit.tuning.attach import adapters_of, config_of, controller_of, is_attached
@@ -105,7 +106,20 @@ class LossModel(nn.Module):
             `loss`, and the number of `tokens` that count.
         """
         with _told(self.model, packed):
-            return self._loss(input_ids, labels, position_ids, num_items)
+            passes = self._observed if self.observe else self._loss
+            return passes(input_ids, labels, position_ids, num_items)
+
+    @outside_graphs
+    def _observed(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None,
+        num_items: Tensor | int | None,
+    ) -> dict[str, Tensor]:
+        """The loss of a step whose health is looked at: rare, full of numbers that the host reads,
+        and of other branches, which compiled would use up the recompilations of the others."""
+        return self._loss(input_ids, labels, position_ids, num_items)
 
     def _loss(
         self,
