@@ -5,15 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rosakit import cuda
 from rosakit.cuda import compile
 from rosakit.cuda import project as launcher
 from tests.cuda import emulated
-
-GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not cuda.available(), reason=f"no GPU engine: {cuda.unavailable_reason()}"),
-)
+from tests.cuda.gpu import GPU
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])

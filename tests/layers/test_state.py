@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rosakit import cuda, native
-from rosakit.cuda.stream import bytes_a_symbol
+from rosakit import native
 from rosakit.layers import RosaAdapter, RosaContext, RosaStates, device_state
 from rosakit.layers import state as state_module
-from tests.cuda import emulated
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="compiled core missing")
 
@@ -31,34 +29,6 @@ def test_chunks_equal_the_whole(bits, unmatched):
 
 
 # --- states in GPU memory -----------------------------------------------------------------------
-
-
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(
-                    not cuda.available(), reason=f"no GPU engine: {cuda.unavailable_reason()}"
-                ),
-            ],
-        ),
-    ]
-)
-def device(request, monkeypatch):
-    """A GPU, or the CPU with the kernels emulated and every state taken for one on a GPU."""
-    if request.param == "cpu":
-        emulated.stream_memory(monkeypatch)
-        allowed = {"auto": 16, "cuda": None, "cpu": 0}
-        monkeypatch.setattr(
-            state_module, "positions_on_device", lambda a, batch: allowed[a.backend]
-        )
-    else:
-        # 16 positions of two rows of three routes.
-        monkeypatch.setattr(device_state, "AUTO_BYTES", int(16 * 2 * 3 * bytes_a_symbol(4)))
-    return request.param
 
 
 def streamed(adapter, u, sizes, mask=None):

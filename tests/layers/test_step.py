@@ -7,32 +7,14 @@ import copy
 import pytest
 import torch
 
-from rosakit import cuda, native
-from rosakit.cuda.stream import StreamMemory, bytes_a_symbol
-from rosakit.layers import RosaAdapter, RosaContext, RosaStates, device_state
+from rosakit import native
+from rosakit.cuda.stream import StreamMemory
+from rosakit.layers import RosaAdapter, RosaContext, RosaStates
 from rosakit.layers import state as state_module
 from rosakit.layers.step import TOKENS, Weights, step
-from tests.cuda import emulated
+from tests.cuda.gpu import GPU
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="compiled core missing")
-GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not cuda.available(), reason=f"no GPU engine: {cuda.unavailable_reason()}"),
-)
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
-def device(request, monkeypatch):
-    """A GPU, or the CPU with the kernels emulated and every state taken for one on a GPU."""
-    if request.param == "cpu":
-        emulated.stream_memory(monkeypatch)
-        allowed = {"auto": 16, "cuda": None, "cpu": 0}
-        monkeypatch.setattr(
-            state_module, "positions_on_device", lambda a, batch: allowed[a.backend]
-        )
-    else:
-        monkeypatch.setattr(device_state, "AUTO_BYTES", int(16 * 2 * 3 * bytes_a_symbol(4)))
-    return request.param
 
 
 def made(device, *, dtype=torch.float32, hidden=24, **options):

@@ -109,18 +109,6 @@ class LossModel(nn.Module):
             passes = self._observed if self.observe else self._loss
             return passes(input_ids, labels, position_ids, num_items)
 
-    @outside_graphs
-    def _observed(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        position_ids: Tensor | None,
-        num_items: Tensor | int | None,
-    ) -> dict[str, Tensor]:
-        """The loss of a step whose health is looked at: rare, full of numbers that the host reads,
-        and of other branches, which compiled would use up the recompilations of the others."""
-        return self._loss(input_ids, labels, position_ids, num_items)
-
     def _loss(
         self,
         input_ids: Tensor,
@@ -158,6 +146,10 @@ class LossModel(nn.Module):
             # Weighed by this pass's share of the step, like the loss itself.
             loss = loss + self.teacher_weight * taught * (tokens / count)
         return {"loss": loss, "tokens": tokens}
+
+    _observed = outside_graphs(_loss)
+    """The same where health is looked at: rare, full of numbers that the host reads, and of other
+    branches, which compiled would use up the recompilations of the others."""
 
     def _nll(
         self,
