@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.addresses.misread import misread
+from benchmarks.addresses.rule import write_rule
 from benchmarks.addresses.variants import VARIANTS, rosa_fields
 from rosakit.files import atomic_write
 from rosakit.tuning import RosaConfig, adapters_of, attach, record_matches
@@ -76,6 +77,10 @@ def train_variant(
     if kind != "match":
         for adapter in adapters_of(model).values():
             misread(adapter, kind)
+    rule = VARIANTS[name].rule
+    if rule is not None:
+        for adapter in adapters_of(model).values():
+            write_rule(adapter, rule)
     set_trainable(model)
     teacher = None
     if config.address_loss != "none":

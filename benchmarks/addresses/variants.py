@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from benchmarks.addresses.rule import Rule
+
 CUT = 20
 LAYERS = (20, 22, 24, 26, 28, 29)
 TIERS = (1, 2, 4, 8)
@@ -27,6 +29,7 @@ class Variant(NamedTuple):
         teach_first: steps of the address loss alone, before training; they read the same text.
         reads: "match", or a control that reads something else wherever the match is read: "own",
             the position's own value, or "random", that of any earlier position (see `misread`).
+        rule: lengths are corrected by it from the start.
     """
 
     what: str
@@ -34,6 +37,7 @@ class Variant(NamedTuple):
     tune: Mapping[str, Any] = MappingProxyType({})
     teach_first: int = 0
     reads: Literal["match", "own", "random"] = "match"
+    rule: Rule | None = None
 
 
 TOKEN: dict[str, Any] = {"address": "token"}
@@ -197,6 +201,18 @@ VARIANTS: dict[str, Variant] = {
     "lengths-surplus": Variant("… taught by the surplus as well", LENGTHS, SURPLUS),
     "lengths-fast": Variant("… at three times the rate", LENGTHS, {"qk_lr_scale": 3.0}),
     "lengths-frozen": Variant("… not trained: `token-far-tiers` again", LENGTHS, FROZEN),
+    "lengths-near-half": Variant(
+        "… not trained: nearer than the window counts for half",
+        LENGTHS,
+        FROZEN,
+        rule=Rule(near=-1.0),
+    ),
+    "lengths-written": Variant(
+        "… not trained: the rule that training finds, written down",
+        LENGTHS,
+        FROZEN,
+        rule=Rule(near=-0.7, far=0.3, single=-0.8, long=0.7),
+    ),
     "lengths-third": Variant("… at 0.3 of the rate", LENGTHS, THIRD),
     "lengths-third-trust": Variant(
         "… at 0.3 of the rate, trust alone", LENGTHS | {"far_candidates": 1}, THIRD

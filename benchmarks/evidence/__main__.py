@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.evidence import collect, corpus
 from benchmarks.evidence.arms import arms
+from benchmarks.evidence.fast_norm import fuse_norms
 from benchmarks.evidence.measure import Tasks, measure
 from benchmarks.evidence.plan import PLAN, Planned, claimed
 from benchmarks.evidence.sweeps import LONG, SWEEP
@@ -146,7 +147,9 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     if device == "cuda" and options.reserve:
         _reserve(options.reserve)
     torch.backends.cuda.matmul.allow_tf32 = True
-    return load_model(options.model, dtype="auto", device=device)
+    model, tokenizer = load_model(options.model, dtype="auto", device=device)
+    fuse_norms(model)
+    return model, tokenizer
 
 
 def _tasks(options: argparse.Namespace) -> Tasks:

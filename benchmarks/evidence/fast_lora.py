@@ -27,9 +27,10 @@ class SummedLora(nn.Module):
         options: Any = {"device": linear.weight.device, "dtype": torch.float32}
         self.down = nn.Parameter(torch.randn(rank, into, **options) / math.sqrt(into))
         self.up = nn.Parameter(torch.zeros(out, rank, **options))
+        self.frozen = linear.weight.detach().float()  # no buffer: nobody saves or moves it
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.linear.weight.float() + 2 * (self.up @ self.down)
+        weight = torch.addmm(self.frozen, self.up, self.down, alpha=2)
         return F.linear(x, weight.to(x.dtype), self.linear.bias)
 
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from benchmarks.evidence import blocks
 from rosakit.layers.token_match import best_successors
 from rosakit.types import Match
 
@@ -80,34 +83,62 @@ class Seen:
             valid = (position[..., None] >= 0) & (spans >= 0) & (spans <= own)
             self.spans = torch.where(valid, spans, -1).flatten(2)
         self._bias: dict[tuple[int, bool], Tensor] = {}
+        self._blocks: dict[bool, BlockMask] = {}
+
+    def mask(self, start: int, stop: int, recall: bool) -> Tensor:
+        """Who sees whom, bool ``[B or 1, stop - start, stop]``, of the queries from `start` on."""
+        query = torch.arange(start, stop, device=self.device)[:, None]
+        key = torch.arange(stop, device=self.device)
+        seen = key <= query
+        if self.view.window is not None:
+            seen = seen & ((query - key < self.view.window) | (key < self.view.sinks))
+        seen = seen[None]
+        if recall and self.spans is not None:
+            part = self.spans[:, start:stop]
+            rows = torch.zeros(*part.shape[:2], stop + 1, dtype=torch.bool, device=self.device)
+            rows.scatter_(2, torch.where(part >= 0, part, stop), True)
+            seen = seen | rows[..., :stop]
+        return seen
 
     def bias(self, start: int, recall: bool) -> Tensor:
         """Additive mask ``[B or 1, 1, n, start + n]`` of the queries from `start` on."""
-        recall = recall and self.spans is not None
         if (start, recall) not in self._bias:
-            stop = min(start + CHUNK, self.length)
-            query = torch.arange(start, stop, device=self.device)[:, None]
-            key = torch.arange(stop, device=self.device)
-            seen = key <= query
-            if self.view.window is not None:
-                seen = seen & ((query - key < self.view.window) | (key < self.view.sinks))
-            seen = seen[None]
-            if recall:
-                assert self.spans is not None
-                part = self.spans[:, start:stop]
-                rows = torch.zeros(*part.shape[:2], stop + 1, dtype=torch.bool, device=self.device)
-                rows.scatter_(2, torch.where(part >= 0, part, stop), True)
-                seen = seen | rows[..., :stop]
+            seen = self.mask(start, min(start + CHUNK, self.length), recall)
             bias = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
             self._bias[start, recall] = bias.masked_fill_(~seen, float("-inf"))[:, None]
         return self._bias[start, recall]
 
+    def blocks(self, recall: bool) -> BlockMask:
+        """The mask of the whole batch in blocks, padded."""
+        if recall not in self._blocks:
+            if recall:
+                seen = self.mask(0, self.length, True)
+                spare = blocks.padded(self.length) - self.length
+                self._blocks[recall] = blocks.blocks_of(F.pad(seen, (0, spare, 0, spare)))
+            else:
+                size = blocks.padded(self.length)
+                self._blocks[recall] = _near_blocks(self.view, size, self.device)
+        return self._blocks[recall]
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float | None) -> Tensor:
-        """``[B, H, T, D]`` from queries, keys and values ``[B, H, T, D]`` of one layer."""
+        """``[B, H, T, D]`` from queries ``[B, H, T, D]``, keys and values ``[B, G, T, D]``.
+
+        On a GPU block by block; elsewhere, and as what that is compared with, in `products`.
+        """
         view = self.view
+        recall = self.spans is not None and (view.layers is None or layer in view.layers)
+        if q.is_cuda and view.window is not None:
+            return blocks.attend(q, k, v, self.blocks(recall), scale)
+        return self.products(q, k, v, recall, scale)
+
+    def products(
+        self, q: Tensor, k: Tensor, v: Tensor, recall: bool, scale: float | None
+    ) -> Tensor:
+        """The same in plain products."""
+        view = self.view
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         if view.window is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        recall = self.spans is not None and (view.layers is None or layer in view.layers)
         if not recall and self.length > 2 * view.window:
             return _banded(q, k, v, view.window, view.sinks, scale)
         parts = []
@@ -120,6 +151,14 @@ class Seen:
                 )
             )
         return torch.cat(parts, dim=2)
+
+
+@lru_cache(8)
+def _near_blocks(view: View, length: int, device: torch.device) -> BlockMask:
+    """Window and sinks of any sequence of that length."""
+    near = replace(view, recall=0)
+    whole = Seen(near, torch.zeros(1, length, dtype=torch.int64, device=device), torch.float32)
+    return blocks.blocks_of(whole.mask(0, length, False))
 
 
 def _banded(
@@ -179,10 +218,9 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     assert _current.seen is not None
-    times = query.shape[1] // key.shape[1]
     seen = _current.seen
-    key, value = (x.repeat_interleave(times, dim=1).to(seen.dtype) for x in (key, value))
-    out = seen.attend(query.to(seen.dtype), key, value, module.layer_idx, scaling)
+    query, key, value = (x.to(seen.dtype) for x in (query, key, value))
+    out = seen.attend(query, key, value, module.layer_idx, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from functools import partial
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 from benchmarks.addresses.coverage import measure
 from benchmarks.addresses.halves import Given, compute_hidden, open_hidden, upper_half
 from benchmarks.addresses.misread import elsewhere, misread
+from benchmarks.addresses.rule import Rule, write_rule
 from benchmarks.addresses.table import collect, mean_tables, plot, render
 from benchmarks.addresses.train import Plan, Text, train_variant
 from benchmarks.addresses.variants import VARIANTS
 
 from rosakit.tuning import RosaConfig, adapters_of, attach, record_matches
+from rosakit.types import Match
 from tests.tuning.tiny import build, tokens
 
 CUT = 1
@@ -75,6 +78,22 @@ def test_a_control_reads_its_own_values_where_the_choice_finds_something():
     torch.testing.assert_close(y, torch.where(there, own, 0.0))
     assert there.any()
     assert not there.all()
+
+
+def test_a_written_rule_corrects_the_lengths_it_names():
+    model = build()
+    tiers = {"length_tiers": (1, 2), "far_distance": 300, "far_candidates": 1}
+    attach(model, RosaConfig(address="token", select=4, layers=(1,), **tiers))
+    (adapter,) = adapters_of(model).values()
+    write_rule(adapter, Rule(near=-1.0, far=0.25, single=-0.5, long=2.0))
+    length = torch.tensor([1, 2, 5, 6, 1, 1])
+    distance = torch.tensor([255, 1, 4, 4, 256, 4000])
+    found = Match(torch.zeros(1, 2, 6, dtype=torch.int32), length.expand(1, 2, 6))
+    u, keys = torch.randn(1, 6, 32), torch.randn(1, 2, 6, 8)
+    with torch.no_grad():
+        lengths = adapter.selection(u, keys, found, distance.expand(1, 2, 6))[0, :, 0]
+    expected = [-1.5, 0.0, math.log2(5) - 1.0, math.log2(6) + 1.0, -0.25, -0.5]
+    torch.testing.assert_close(lengths, torch.tensor(expected))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

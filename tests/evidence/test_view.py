@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarks.evidence import blocks
 from benchmarks.evidence import view as module
+from benchmarks.evidence.fast_norm import fuse_norms
 from benchmarks.evidence.view import Seen, View, scattered, viewing
 
 from rosakit.layers.token_match import best_successors
@@ -106,3 +108,57 @@ def test_gradients_flow_through_every_form():
         weight = model.model.layers[0].self_attn.k_proj.weight
         assert torch.isfinite(weight.grad).all()
         assert weight.grad.abs().sum() > 0
+
+
+VIEWS = (View(8, sinks=3), View(8, sinks=0), View(200, recall=2), View(8, recall=3, before=2))
+
+
+def spread(ids, dtype, groups):
+    """Queries, keys and values for a batch of token ids."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(ids), 1, ids.shape[1], 16)
+    drawn = (torch.randn(*shape, generator=generator) for _ in range(4 + 2 * groups))
+    parts = [x.to(ids.device, dtype) for x in drawn]
+    q, k, v = parts[:4], parts[4 : 4 + groups], parts[4 + groups :]
+    return [torch.cat(x, dim=1).requires_grad_() for x in (q, k, v)]
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=["near", "no sinks", "wide", "far"])
+@pytest.mark.parametrize("length", [5, 128, 300])
+def test_blocks_are_the_mask(view, length, monkeypatch):
+    monkeypatch.setattr(blocks, "STEP", blocks.SIZE)
+    ids = tokens(2, length, kinds=5)
+    seen = Seen(view, ids, torch.float32)
+    q, k, v = (x.detach() for x in spread(ids, torch.float32, 2))
+    for recall in {False, seen.spans is not None}:
+        there = seen.products(q, k, v, recall, None)
+        here = blocks.attend(q, k, v, seen.blocks(recall), None)
+        torch.testing.assert_close(here, there)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("view", [View(64), View(64, recall=4)], ids=["near", "far"])
+def test_blocks_and_their_gradients_on_a_gpu(view, dtype):
+    ids = tokens(2, 700, kinds=5).cuda()
+    seen = Seen(view, ids, dtype)
+    exact = Seen(view, ids, torch.float64)
+    inputs = spread(ids, dtype, 2)
+    doubled = [x.detach().double().requires_grad_() for x in inputs]
+    here = seen.attend(*inputs, layer=0, scale=None)
+    there = exact.products(*doubled, view.recall > 0, None)
+    slope = torch.randn_like(there)
+    here.backward(slope.to(dtype))
+    there.backward(slope)
+    bound = 1e-2 if dtype == torch.bfloat16 else 2e-3  # products in float32 may be rounded to TF32
+    slopes = ((x.grad, y.grad) for x, y in zip(inputs, doubled, strict=True))
+    for got, asked in ((here, there), *slopes):
+        assert (got.double() - asked).norm() <= bound * asked.norm()
+
+
+def test_fused_norms_are_the_norms():
+    model, ids = build(depth=2), tokens(2, 30)
+    before = logits(model, ids)
+    assert fuse_norms(model) == 5
+    torch.testing.assert_close(logits(model, ids), before)
