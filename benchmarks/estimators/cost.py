@@ -190,6 +190,7 @@ def run(out: Path, seconds: float, lengths: list[int], routes: int, budget: floa
                 some //= 2
             if left < 1 or (name == "attention" and fitting < 1):
                 content["left_out"].append({"estimator": name, "length": length, "why": "time"})
+                write()
                 continue
             try:
                 rows = job(some)

@@ -41,6 +41,11 @@ def plot(parts: dict[str, Any], beside: Path) -> list[Path]:
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     written = []
+    order = list(_COLOURS)
+    parts = {
+        name: {**part, "rows": sorted(part["rows"], key=lambda r: order.index(r["variant"]))}
+        for name, part in parts.items()
+    }
     tasks = [n for n in ("fit", "mqar", "synonyms", "count") if n in parts]
     if tasks:
         lines, columns = (len(tasks) + 1) // 2, min(2, len(tasks))

@@ -47,35 +47,61 @@ def _fit(rows: list[dict[str, Any]]) -> str:
 
 
 def _recall(rows: list[dict[str, Any]]) -> str:
-    """A table for each start and filler: variants down, sizes across."""
+    """A table for each start and filler, variants down and sizes across.
+
+    Sizes that few variants were trained at follow in a table of their own, sizes down.
+    """
     keys = ("task.random_filler", "tied_start")
     written = []
     groups = grouped(rows, *keys)
     for filler, tied in sorted(groups, key=lambda group: (group[0], not group[1])):
         start = "tied start" if tied else "untied start"
         between = "random tokens" if filler else "token 0"
-        written.append(
-            f"{start}, {between} between the questions:\n\n{_sizes(groups[filler, tied])}"
-        )
+        title = f"{start}, {between} between the questions"
+        some = groups[filler, tied]
+        names = [n for n in VARIANTS if any(r["variant"] == n for r in some)]
+        sizes = grouped(some, *_SIZE)
+        common = sorted((c for c in sizes if 2 * _count_of(sizes[c]) > len(names)), reverse=True)
+        written.append(f"{title}:\n\n{_sizes_across(some, names, common)}")
+        if len(common) < len(sizes):
+            swept = [n for n in names if any(_has(sizes[c], n) for c in sizes if c not in common)]
+            written.append(f"{title}, all sizes:\n\n{_sizes_down(some, swept)}")
     return "\n\n".join(written)
 
 
-def _sizes(rows: list[dict[str, Any]]) -> str:
-    keys = ("task.pairs", "task.length", "task.vocabulary", "steps")
-    cells = grouped(rows, "variant", *keys)
-    columns = sorted(grouped(rows, *keys), reverse=True)
-    names = [n for n in VARIANTS if any(r["variant"] == n for r in rows)]
+_SIZE = ("task.pairs", "task.length", "task.vocabulary", "steps")
+
+
+def _count_of(rows: list[dict[str, Any]]) -> int:
+    return len({r["variant"] for r in rows})
+
+
+def _has(rows: list[dict[str, Any]], variant: str) -> bool:
+    return any(r["variant"] == variant for r in rows)
+
+
+def _right(cells: dict[tuple[Any, ...], list[dict[str, Any]]], *key: Any) -> str:
+    return _range([r["accuracy"] for r in cells[key]]) if key in cells else "–"
+
+
+def _sizes_across(
+    rows: list[dict[str, Any]], names: list[str], columns: list[tuple[Any, ...]]
+) -> str:
+    cells = grouped(rows, "variant", *_SIZE)
     head = ["right, %"] + [
         f"{pairs} pairs, T = {length}, {vocabulary} tokens, {steps} steps"
         for pairs, length, vocabulary, steps in columns
     ]
+    body = [[f"`{n}`", *(_right(cells, n, *c) for c in columns)] for n in names]
+    return _lines(head, body)
+
+
+def _sizes_down(rows: list[dict[str, Any]], names: list[str]) -> str:
+    cells = grouped(rows, "variant", *_SIZE)
+    head = ["pairs", "T", "tokens", "steps", *(f"`{n}`" for n in names)]
     body = [
-        [f"`{name}`"]
-        + [
-            _range([r["accuracy"] for r in cells[name, *c]]) if (name, *c) in cells else "–"
-            for c in columns
-        ]
-        for name in names
+        [*map(str, size), *(_right(cells, n, *size) for n in names)]
+        for size in sorted(grouped(rows, *_SIZE), reverse=True)
     ]
     return _lines(head, body)
 
