@@ -38,8 +38,18 @@ def facts() -> dict[str, Any]:
         },
         "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "commit": commit or os.environ.get("ROSAKIT_COMMIT", "unknown"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(sys.argv[1:]),
     }
+
+
+def command(arguments: list[str]) -> str:
+    """How this program was started, whatever folder it lies in."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = sys.argv[0] if spec is None else f"-m {spec.name}"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        processes = os.environ["LOCAL_WORLD_SIZE"]
+        program = f"-m torch.distributed.run --nproc-per-node {processes} {program}"
+    return " ".join(["python", program, *arguments])
 
 
 def merge(path: Path, section: str, values: dict[str, Any]) -> None:

@@ -96,11 +96,15 @@ def test_whatever_has_finished_is_shown(tmp_path):
     assert "candidates of the token route" not in drawn
 
 
-def test_the_published_sweep_is_the_beginning_of_the_plan():
+def test_published_sweeps_are_of_the_plan_beside_their_references():
     place = Path(__file__).parents[2] / "docs/results/evidence/sweep/summary.json"
     summary = json.loads(place.read_text(encoding="utf-8"))
     runs = {(run["arm"], run["window"], run["seed"]) for run in summary["runs"]}
-    assert runs == {(run.arm, run.window, run.seed) for run in SWEEP[: len(runs)]}
+    assert runs <= {(run.arm, run.window, run.seed) for run in SWEEP}
+    for arm, window, seed in runs:
+        suffix = arm[arm.index("@") :] if "@" in arm else ""
+        for reference in ("control", "full+trained"):
+            assert (reference + suffix, window, seed) in runs
 
 
 def test_the_first_runs_of_a_plan_are_taken_at_another_budget(tmp_path, monkeypatch):

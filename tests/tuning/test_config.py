@@ -50,6 +50,7 @@ def test_every_field_has_help():
         ({"address": "hash", "hash_orders": (0,)}, "tokens of each context"),
         ({"hash_refine": True}, "use it with address='hash'"),
         ({"address": "token", "shared_qk": True}, "shares learned projections"),
+        ({"address": "token", "estimator": "bitflip"}, "token matches have none"),
         ({"length_tiers": (1, 2)}, "minimal lengths"),
         ({"address": "hash", "address_candidates": 2}, "address='token' for more than 1"),
         ({"far_distance": 9}, "use address='token'"),

@@ -178,8 +178,10 @@ class RosaAdapter(nn.Module):
                 "use backend='auto'"
             )
         self.learns_address = address == "learned" or (address == "hash" and hash_refine)
+        registry.check_options(estimator, estimator_options or {})
         check_address_options(
             address,
+            estimator=estimator,
             learned=self.learns_address,
             shared_qk=shared_qk,
             candidates=candidates,
@@ -195,7 +197,6 @@ class RosaAdapter(nn.Module):
             credit_margin=credit_margin,
         )
         check_match_options(granularity, successor, max_length, min_length, bits, backend)
-        registry.check_options(estimator, estimator_options or {})
         self.hidden_size, self.bits, self.routes = hidden_size, bits, routes
         self.estimator, self.estimator_options = estimator, dict(estimator_options or {})
         self.inject, self.unmatched = inject, unmatched

@@ -13,6 +13,7 @@ MAX_ORDER = 64
 def check_address_options(
     address: str,
     *,
+    estimator: str,
     learned: bool,
     shared_qk: bool,
     candidates: int,
@@ -31,6 +32,7 @@ def check_address_options(
 
     Args:
         address: "learned", "token" or "hash".
+        estimator: of the gradients; token matches have none to estimate.
         learned: whether the addresses have trained projections.
         shared_qk, candidates, far_candidates, length_tiers, select, select_tiers, select_trust,
             select_lens, hash_orders, hash_refine, hash_scale, credit_margin: as in
@@ -39,6 +41,11 @@ def check_address_options(
     Raises:
         InvalidInputError: says which option does not fit and what to use instead.
     """
+    if address == "token" and estimator != "counterfactual":
+        raise InvalidInputError(
+            f"estimator={estimator!r} would train the bits of an address, and token matches have "
+            "none; leave estimator at 'counterfactual', or use address='learned'"
+        )
     if candidates < 1 or (candidates > 1 and address != "token"):
         raise InvalidInputError(
             f"candidates={candidates} rank the successors of token matches; use at least 1, and "
