@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,16 +13,16 @@ from rosakit.errors import InvalidInputError
 from rosakit.layers.address_options import check_address_options
 from rosakit.layers.context import RosaContext
 from rosakit.layers.credit import credit_margin
-from rosakit.layers.hashing import code_channels, context_codes
+from rosakit.layers.exact import ExactMatches
+from rosakit.layers.hashing import code_channels
 from rosakit.layers.learned_length import LengthSelection
 from rosakit.layers.projection import Projection, Projections
-from rosakit.layers.selection import Selection, candidate_rows, candidate_tokens
+from rosakit.layers.selection import Selection
 from rosakit.layers.state import AdapterState
 from rosakit.ops import ahead
 from rosakit.ops.ahead import Ahead
 from rosakit.ops.estimators import registry
 from rosakit.ops.match import check_options as check_match_options
-from rosakit.ops.match import suffix_match
 from rosakit.ops.retrieve import retrieve
 from rosakit.ops.rosa import rosa
 from rosakit.ops.value_heads import check_value_groups, share_values
@@ -206,13 +206,24 @@ class RosaAdapter(nn.Module):
         self.own_value, self.retrieve, self.address = own_value, retrieve, address
         self.tied_start, self.layer_index = tied_start, layer_index
         self.backend = backend
-        self.candidates, self.length_tiers = candidates, tuple(length_tiers)
-        self.hash_orders, self.hash_scale, self.hash_seed = (
-            tuple(hash_orders),
-            hash_scale,
-            hash_seed,
-        )
-        self.credit_margin = credit_margin
+        self.hash_scale, self.credit_margin = hash_scale, credit_margin
+        self.exact: ExactMatches | None = None
+        if address != "learned":
+            self.exact = ExactMatches(
+                address,
+                routes=routes,
+                bits=bits,
+                granularity=granularity,
+                successor=successor,
+                max_length=max_length,
+                min_length=min_length,
+                candidates=candidates,
+                length_tiers=tuple(length_tiers),
+                selects=select > 0,
+                hash_orders=tuple(hash_orders),
+                hash_seed=hash_seed,
+                backend="auto" if backend == "pipeline" else backend,
+            )
         # Of the model that it is attached to: see `device_state.auto_positions`.
         self.peers = 1
         self.ordinary_bytes: float | None = None
@@ -377,7 +388,8 @@ class RosaAdapter(nn.Module):
         if self.selection is not None:
             return self._read_selected(u, v, context)
         if not self.learns_address:
-            match = self._fixed_match(context)
+            assert self.exact is not None
+            match = self.exact.match(context)
             y = self.read_at(v, match.position.expand(-1, self.routes, -1), self.e0, self.e1)
             return y, match
         q, k = self.addresses(u, context) if begun is None else (begun.q, begun.k)
@@ -407,17 +419,19 @@ class RosaAdapter(nn.Module):
 
         Log shares ``[B, T, K + 1]``, or with length tiers learned lengths ``[B, T, K]``.
         """
+        assert self.exact is not None
         assert self.selection is not None
-        found = self._candidates(context)
+        found = self.exact.choices(context)
         keys = self.selection.gather(self.selection.keys(u), found.position)
         own = torch.arange(u.shape[1], device=u.device)
         rows = self._candidate_rows(context, found)
         return self.selection(u, keys, found, own - found.position, rows), found
 
     def _read_selected(self, u: Tensor, v: Tensor, context: RosaContext) -> tuple[Tensor, Match]:
+        assert self.exact is not None
         assert self.selection is not None
         log_share, found = self.selection_shares(u, context)
-        token = self._tokens_of(context, found)
+        token = self.exact.tokens(context, found)
         match = self.selection.choose(log_share, found, self.routes, token)
 
         y = self.read_at(v, match.position, self.e0, self.e1)
@@ -448,121 +462,16 @@ class RosaAdapter(nn.Module):
         assert self.q_proj is not None
         q = self.q_proj(u)
         k = q if self.k_proj is None else self.k_proj(u)
-        if self.address == "hash":
-            codes = code_channels(self._codes(context), self.bits, self.hash_scale, q.dtype)
+        if self.exact is not None:
+            codes = code_channels(self.exact.codes(context), self.bits, self.hash_scale, q.dtype)
             q, k = codes + q, codes + k
         return credit_margin(q, self.credit_margin), credit_margin(k, self.credit_margin)
 
-    def _codes(self, context: RosaContext) -> Tensor:
-        """Hash codes ``[B, R, T]`` of this pass's token contexts; computed by the first layer."""
-        name = ("codes", self.routes, self.bits, self.hash_orders, self.hash_seed)
-        if name not in context.shared:
-            context.shared[name] = context_codes(
-                context.windows(max(self.hash_orders)),
-                self.hash_orders,
-                routes=self.routes,
-                bits=self.bits,
-                seed=self.hash_seed,
-            )
-        found: Tensor = context.shared[name]
-        return found
-
-    def match_name(self) -> tuple[Hashable, ...]:
-        """Adapters whose fixed addresses find the same have the same name."""
-        name: tuple[Hashable, ...] = (self.address, self.min_length, self.length_tiers)
-        if self.address == "token":
-            return (*name, self.candidates, self.routes)
-        hashed = (self.routes, self.bits, self.hash_orders, self.hash_seed)
-        return (*name, *hashed, self.granularity, self.successor, self.max_length)
-
-    def _fixed_match(self, context: RosaContext) -> Match:
-        """The match of addresses that nothing trains; computed by the first layer.
-
-        ``[B, R, T]``, or ``[B, 1, T]`` where all routes have the same; in host memory when
-        streaming.
-        """
-        name = ("match", *self.match_name())
-        if name not in context.shared:
-            if self.address == "token":
-                match = self._token_match(context)
-            elif context.states is not None:
-                state = context.states.codes(self, len(self._codes(context)))
-                match = state.extend(self._codes(context), context.mask)
-            else:
-                codes = self._codes(context)
-                match = suffix_match(
-                    codes,
-                    codes,
-                    granularity=self.granularity,
-                    successor=self.successor,
-                    max_length=self.max_length,
-                    min_length=self.min_length,
-                    segment_starts=context.segment_starts,
-                    backend="auto" if self.backend == "pipeline" else self.backend,
-                )
-            context.shared[name] = self._tiered(match)
-        found: Match = context.shared[name]
-        return found
-
-    def _token_match(self, context: RosaContext) -> Match:
-        """The candidate of every route: ``[B, R, T]``, or ``[B, 1, T]`` where all have one."""
-        match = context.token_match
-        if match is None:
-            raise InvalidInputError(
-                "address='token' needs the token ids of this forward pass; call the model with "
-                "input_ids instead of inputs_embeds, or use address='learned'"
-            )
-        if match.position.shape[1] < self.candidates:
-            raise InvalidInputError(
-                f"this forward pass found {match.position.shape[1]} candidates, the adapter reads "
-                f"{self.candidates}"
-            )
-        if self.candidates == 1 and not self.length_tiers:
-            return Match(match.position[:, :1], match.length[:, :1])
-        if self.selection is not None:
-            return match
-        rank = torch.arange(self.routes, device=match.position.device) % self.candidates
-        return Match(match.position[:, rank], match.length[:, rank])
-
-    def _candidates(self, context: RosaContext) -> Match:
-        """What a selection chooses from ``[B, K, T]``: matches of at least `min_length`."""
-        found = self._token_match(context)
-        found = Match(found.position[:, : self.candidates], found.length[:, : self.candidates])
-        short = found.length < self.min_length
-        return Match(
-            found.position.masked_fill(short, NO_MATCH), found.length.masked_fill(short, 0)
-        )
-
-    def _tokens_of(self, context: RosaContext, found: Match) -> Tensor:
-        """Tokens of the candidates, int64 ``[B, K, T]``; found once a pass."""
-        name = ("tokens", self.candidates, self.min_length)
-        if name not in context.shared:
-            context.shared[name] = candidate_tokens(context, found.position)
-        tokens: Tensor = context.shared[name]
-        return tokens
-
     def _candidate_rows(self, context: RosaContext, found: Match) -> Tensor | None:
-        """Rows of the output embedding for a lens, float32 ``[B, K, T, H]``; found once a pass."""
+        """Rows of the output embedding for a lens, float32 ``[B, K, T, H]``."""
+        assert self.exact is not None
         assert self.selection is not None
-        if self.selection.lens is None:
-            return None
-        name = ("rows", self.candidates, self.min_length)
-        if name not in context.shared:
-            context.shared[name] = candidate_rows(context, self._tokens_of(context, found))
-        rows: Tensor = context.shared[name]
-        return rows
-
-    def _tiered(self, match: Match) -> Match:
-        """Leave out matches that are too short for their route."""
-        least: int | Tensor = self.min_length
-        if self.length_tiers:
-            turn = torch.arange(self.routes) // self.candidates % len(self.length_tiers)
-            tiers = torch.tensor(self.length_tiers).clamp(min=self.min_length)
-            least = tiers[turn][None, :, None].to(match.length.device)
-        short = match.length < least
-        return Match(
-            match.position.masked_fill(short, NO_MATCH), match.length.masked_fill(short, 0)
-        )
+        return None if self.selection.lens is None else self.exact.rows(context, found)
 
     def _read_streaming(
         self, u: Tensor, v: Tensor, context: RosaContext
@@ -574,19 +483,21 @@ class RosaAdapter(nn.Module):
         if self.learns_address:
             channels = [*self.addresses(u, context), v]
         elif self.selection is not None:
+            assert self.exact is not None
             assert isinstance(state, AdapterState)
-            found = self._candidates(context)
+            found = self.exact.choices(context)
             keys, distance = state.candidate_keys(
                 self.selection.keys(u), found.position, context.mask
             )
             here = Match(found.position.to(u.device), found.length.to(u.device))
             rows = self._candidate_rows(context, found)
             log_share = self.selection(u, keys, here, distance, rows)
-            token = self._tokens_of(context, found)
+            token = self.exact.tokens(context, found)
             chosen = self.selection.choose(log_share, here, self.routes, token)
             match = Match(chosen.position.cpu(), chosen.length.cpu())
         else:
-            match = self._fixed_match(context)
+            assert self.exact is not None
+            match = self.exact.match(context)
         return state.extend(channels, match, context.mask, self.e0, self.e1, self.e_null)
 
     def _decodes(self, context: RosaContext) -> bool:

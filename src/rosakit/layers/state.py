@@ -32,6 +32,7 @@ from rosakit.types import Match
 
 if TYPE_CHECKING:
     from rosakit.layers.adapter import RosaAdapter
+    from rosakit.layers.exact import ExactMatches
 
 Array = npt.NDArray[Any]
 
@@ -388,12 +389,11 @@ class RosaStates:
             self.far = FarState(batch, distance)
         return self.far
 
-    def codes(self, module: RosaAdapter, batch: int) -> CodeState:
+    def codes(self, exact: ExactMatches, batch: int) -> CodeState:
         """The memory of fixed hash codes, shared by the adapters with equal ones."""
-        name = module.match_name()
-        if name not in self.coded:
-            self.coded[name] = CodeState(module, batch)
-        return self.coded[name]
+        if exact.name not in self.coded:
+            self.coded[exact.name] = CodeState(exact, batch)
+        return self.coded[exact.name]
 
     def advance(self, batch: int, length: int, mask: Tensor | None) -> None:
         """Count a chunk of ``[B, n]`` positions; call once a forward pass."""

@@ -19,7 +19,7 @@ from rosakit.layers.token_match import NO_KEY
 from rosakit.types import NO_MATCH, Match
 
 if TYPE_CHECKING:
-    from rosakit.layers.adapter import RosaAdapter
+    from rosakit.layers.exact import ExactMatches
 
 Array = npt.NDArray[Any]
 
@@ -67,19 +67,19 @@ class CodeState:
     """The suffix memory of fixed hash codes.
 
     Args:
-        adapter: an adapter with the options that the state follows.
+        exact: whose options the state follows.
         batch: number of rows.
     """
 
-    def __init__(self, adapter: RosaAdapter, batch: int) -> None:
+    def __init__(self, exact: ExactMatches, batch: int) -> None:
         self.memory = native.SuffixMemory(
             batch,
-            adapter.routes,
-            bits=adapter.bits,
-            granularity=adapter.granularity,
-            successor=adapter.successor,
-            max_length=adapter.max_length,
-            min_length=adapter.min_length,
+            exact.routes,
+            bits=exact.bits,
+            granularity=exact.granularity,
+            successor=exact.successor,
+            max_length=exact.max_length,
+            min_length=exact.min_length,
         )
 
     @property

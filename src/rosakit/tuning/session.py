@@ -176,8 +176,10 @@ def load_session(path: str | os.PathLike[str], model: Any) -> Session:
                 carrier.states.far.memory = memory
             elif name == "code_memory":
                 memory = SuffixMemory.from_bytes(data, str(path))
-                module = next(iter(adapters.values()))
-                carrier.states.codes(module, memory.batch).memory = memory
+                exact = next(iter(adapters.values())).exact
+                if exact is None:
+                    raise ValueError("it has hash codes, and the model's addresses are learned")
+                carrier.states.codes(exact, memory.batch).memory = memory
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the session {path} is damaged: {error}; save it again") from error
     if index is None:
