@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -43,13 +44,13 @@ def facts() -> dict[str, Any]:
 
 
 def command(arguments: list[str]) -> str:
-    """How this program was started, whatever folder it lies in."""
+    """How this program was started: as the module that it is, or as the file that was named."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = sys.argv[0] if spec is None else f"-m {spec.name}"
+    program = [sys.argv[0]] if spec is None else ["-m", spec.name.removesuffix(".__main__")]
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        processes = os.environ["LOCAL_WORLD_SIZE"]
-        program = f"-m torch.distributed.run --nproc-per-node {processes} {program}"
-    return " ".join(["python", program, *arguments])
+        each = ["--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+        program = ["-m", "torch.distributed.run", *each, *program]
+    return shlex.join(["python", *program, *arguments])
 
 
 def merge(path: Path, section: str, values: dict[str, Any]) -> None:

@@ -208,7 +208,7 @@ VARIANTS: dict[str, Variant] = {
         rule=Rule(near=-1.0),
     ),
     "lengths-written": Variant(
-        "… not trained: the rule that training finds, written down",
+        "… not trained: four numbers read off what training finds",
         LENGTHS,
         FROZEN,
         rule=Rule(near=-0.7, far=0.3, single=-0.8, long=0.7),

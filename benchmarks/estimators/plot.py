@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.estimators.results import grouped, spread
 from benchmarks.estimators.tables import best_rates
+from benchmarks.estimators.variants import VARIANTS
 
 _COLOURS = {
     "counterfactual": "#1b6ca8",
@@ -41,7 +42,7 @@ def plot(parts: dict[str, Any], beside: Path) -> list[Path]:
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     written = []
-    order = list(_COLOURS)
+    order = list(VARIANTS)
     parts = {
         name: {**part, "rows": sorted(part["rows"], key=lambda r: order.index(r["variant"]))}
         for name, part in parts.items()

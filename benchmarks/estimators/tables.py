@@ -49,7 +49,7 @@ def _fit(rows: list[dict[str, Any]]) -> str:
 def _recall(rows: list[dict[str, Any]]) -> str:
     """A table for each start and filler, variants down and sizes across.
 
-    Sizes that few variants were trained at follow in a table of their own, sizes down.
+    Where only some variants were trained at some sizes, a second table has those, all sizes down.
     """
     keys = ("task.random_filler", "tied_start")
     written = []
@@ -61,7 +61,8 @@ def _recall(rows: list[dict[str, Any]]) -> str:
         some = groups[filler, tied]
         names = [n for n in VARIANTS if any(r["variant"] == n for r in some)]
         sizes = grouped(some, *_SIZE)
-        common = sorted((c for c in sizes if 2 * _count_of(sizes[c]) > len(names)), reverse=True)
+        common = [c for c in sizes if 2 * _count_of(sizes[c]) > len(names)]
+        common = sorted(common or sizes, reverse=True)
         written.append(f"{title}:\n\n{_sizes_across(some, names, common)}")
         if len(common) < len(sizes):
             swept = [n for n in names if any(_has(sizes[c], n) for c in sizes if c not in common)]

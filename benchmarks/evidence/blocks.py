@@ -18,13 +18,13 @@ __all__ = ["attend", "blocks_of", "padded"]
 
 SIZE = 128
 """Queries and keys of a block."""
-STEP = 4096
-"""Lengths are padded to a multiple of this."""
+SHORT, STEP = 512, 4096
+"""Short sequences are padded to the one, others to a multiple of the other."""
 
 
 def padded(length: int) -> int:
     """The length that a sequence of this length is computed at."""
-    return -(-length // STEP) * STEP
+    return SHORT if length <= SHORT else -(-length // STEP) * STEP
 
 
 def blocks_of(mask: Tensor) -> BlockMask:
@@ -77,5 +77,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask, scale: float | No
 @cache
 def _compiled() -> Any:
     # One entry for each length, with and without gradients, with one mask for all rows or one each.
+    # Beyond the limit a whole graph fails, where a partial one would go on without the kernel.
     torch._dynamo.config.recompile_limit = 64
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)

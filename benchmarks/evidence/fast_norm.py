@@ -1,4 +1,4 @@
-"""Root-mean-square norms in one kernel instead of six; the same up to rounding."""
+"""Llama's root-mean-square norms in one kernel instead of six; the same up to rounding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ __all__ = ["fuse_norms"]
 
 
 def fuse_norms(model: Any) -> int:
-    """Let every plain RMS norm of the model run fused; returns how many there are."""
+    """Let every `LlamaRMSNorm` of the model run fused; returns how many there are.
+
+    Norms of other classes stay as they are: some add one to the weight, or norm in another type.
+    """
     found = [m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"]
     for module in found:
         module.forward = _fused(module)
@@ -19,10 +22,9 @@ def fuse_norms(model: Any) -> int:
 
 
 def _fused(module: nn.Module) -> Any:
-    weight: Any = module.weight
-    epsilon: Any = module.variance_epsilon
-
     def forward(x: Tensor) -> Tensor:
+        weight: Any = module.weight
+        epsilon: Any = module.variance_epsilon
         return F.rms_norm(x, weight.shape, weight, epsilon)
 
     return forward

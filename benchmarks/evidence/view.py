@@ -83,7 +83,7 @@ class Seen:
             valid = (position[..., None] >= 0) & (spans >= 0) & (spans <= own)
             self.spans = torch.where(valid, spans, -1).flatten(2)
         self._bias: dict[tuple[int, bool], Tensor] = {}
-        self._blocks: dict[bool, BlockMask] = {}
+        self._tiled: dict[bool, BlockMask] = {}
 
     def mask(self, start: int, stop: int, recall: bool) -> Tensor:
         """Who sees whom, bool ``[B or 1, stop - start, stop]``, of the queries from `start` on."""
@@ -108,17 +108,23 @@ class Seen:
             self._bias[start, recall] = bias.masked_fill_(~seen, float("-inf"))[:, None]
         return self._bias[start, recall]
 
-    def blocks(self, recall: bool) -> BlockMask:
+    def tiled(self, recall: bool) -> BlockMask:
         """The mask of the whole batch in blocks, padded."""
-        if recall not in self._blocks:
+        if recall not in self._tiled:
+            size = blocks.padded(self.length)
             if recall:
-                seen = self.mask(0, self.length, True)
-                spare = blocks.padded(self.length) - self.length
-                self._blocks[recall] = blocks.blocks_of(F.pad(seen, (0, spare, 0, spare)))
+                self._tiled[recall] = blocks.blocks_of(self._whole(size))
             else:
-                size = blocks.padded(self.length)
-                self._blocks[recall] = _near_blocks(self.view, size, self.device)
-        return self._blocks[recall]
+                self._tiled[recall] = _near(replace(self.view, recall=0), size, self.device)
+        return self._tiled[recall]
+
+    def _whole(self, size: int) -> Tensor:
+        """The mask of all queries ``[B or 1, size, size]``; padding sees nothing."""
+        rows = []
+        for start in range(0, self.length, CHUNK):
+            part = self.mask(start, min(start + CHUNK, self.length), True)
+            rows.append(F.pad(part, (0, size - part.shape[2])))
+        return F.pad(torch.cat(rows, 1), (0, 0, 0, size - self.length))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float | None) -> Tensor:
         """``[B, H, T, D]`` from queries ``[B, H, T, D]``, keys and values ``[B, G, T, D]``.
@@ -128,7 +134,7 @@ class Seen:
         view = self.view
         recall = self.spans is not None and (view.layers is None or layer in view.layers)
         if q.is_cuda and view.window is not None:
-            return blocks.attend(q, k, v, self.blocks(recall), scale)
+            return blocks.attend(q, k, v, self.tiled(recall), scale)
         return self.products(q, k, v, recall, scale)
 
     def products(
@@ -154,11 +160,11 @@ class Seen:
 
 
 @lru_cache(8)
-def _near_blocks(view: View, length: int, device: torch.device) -> BlockMask:
+@torch.inference_mode(False)  # training keeps for its backward pass what an evaluation has cached
+def _near(view: View, length: int, device: torch.device) -> BlockMask:
     """Window and sinks of any sequence of that length."""
-    near = replace(view, recall=0)
-    whole = Seen(near, torch.zeros(1, length, dtype=torch.int64, device=device), torch.float32)
-    return blocks.blocks_of(whole.mask(0, length, False))
+    ids = torch.zeros(1, length, dtype=torch.int64, device=device)
+    return blocks.blocks_of(Seen(view, ids, torch.float32)._whole(length))
 
 
 def _banded(

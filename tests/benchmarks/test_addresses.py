@@ -86,13 +86,13 @@ def test_a_written_rule_corrects_the_lengths_it_names():
     attach(model, RosaConfig(address="token", select=4, layers=(1,), **tiers))
     (adapter,) = adapters_of(model).values()
     write_rule(adapter, Rule(near=-1.0, far=0.25, single=-0.5, long=2.0))
-    length = torch.tensor([1, 2, 5, 6, 1, 1])
-    distance = torch.tensor([255, 1, 4, 4, 256, 4000])
-    found = Match(torch.zeros(1, 2, 6, dtype=torch.int32), length.expand(1, 2, 6))
-    u, keys = torch.randn(1, 6, 32), torch.randn(1, 2, 6, 8)
+    length = torch.tensor([1, 2, 5, 6, 1, 1, 1])
+    distance = torch.tensor([255, 1, 4, 4, 256, 2047, 2048])
+    found = Match(torch.zeros(1, 2, 7, dtype=torch.int32), length.expand(1, 2, 7))
+    u, keys = torch.randn(1, 7, 32), torch.randn(1, 2, 7, 8)
     with torch.no_grad():
-        lengths = adapter.selection(u, keys, found, distance.expand(1, 2, 6))[0, :, 0]
-    expected = [-1.5, 0.0, math.log2(5) - 1.0, math.log2(6) + 1.0, -0.25, -0.5]
+        lengths = adapter.selection(u, keys, found, distance.expand(1, 2, 7))[0, :, 0]
+    expected = [-1.5, 0.0, math.log2(5) - 1.0, math.log2(6) + 1.0, -0.25, -0.25, -0.5]
     torch.testing.assert_close(lengths, torch.tensor(expected))
 
 

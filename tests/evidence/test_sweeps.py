@@ -96,15 +96,19 @@ def test_whatever_has_finished_is_shown(tmp_path):
     assert "candidates of the token route" not in drawn
 
 
-def test_published_sweeps_are_of_the_plan_beside_their_references():
+def test_published_sweeps_are_whole_seeds_beside_their_references():
     place = Path(__file__).parents[2] / "docs/results/evidence/sweep/summary.json"
     summary = json.loads(place.read_text(encoding="utf-8"))
     runs = {(run["arm"], run["window"], run["seed"]) for run in summary["runs"]}
-    assert runs <= {(run.arm, run.window, run.seed) for run in SWEEP}
-    for arm, window, seed in runs:
-        suffix = arm[arm.index("@") :] if "@" in arm else ""
-        for reference in ("control", "full+trained"):
-            assert (reference + suffix, window, seed) in runs
+    planned = {}
+    for run in (*SWEEP, *LONG):
+        budget = "" if run.tokens == TOKENS else f"@{run.tokens / 1e6:g}M"
+        planned[run.arm + budget, run.window, run.seed] = run.tokens
+    assert runs <= planned.keys()
+    # Whoever publishes part of a budget's seed has to say here what is missing, and on the page.
+    cut_off = {("adapters-bit1", 512, 0)}
+    begun = {(planned[run], run[2]) for run in runs}
+    assert {run for run in planned if (planned[run], run[2]) in begun} - runs == cut_off
 
 
 def test_the_first_runs_of_a_plan_are_taken_at_another_budget(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rosakit.errors import InvalidInputError
-from rosakit.layers import RosaAdapter, RosaContext
+from rosakit.layers import RosaAdapter, RosaContext, RosaStates
 from rosakit.layers.token_match import best_successors
 from rosakit.ops import suffix_match
 from rosakit.ops.oracle import retrieve_oracle
@@ -111,6 +111,28 @@ def test_grouped_values_are_repeated_heads(estimator):
     summed = wanted["projections.w_v.weight"].unflatten(0, (2, 3, 2)).sum(1).flatten(0, 1)
     for name, grad in {**wanted, "projections.w_v.weight": summed}.items():
         torch.testing.assert_close(grads[name], grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("estimator", ["soft_dp", "soft_scan"])
+def test_what_is_evaluated_is_what_decodes(estimator):
+    """A soft forward trains; without gradients, in evaluation mode, the read is hard."""
+    torch.manual_seed(0)
+    soft, plain = RosaAdapter(16, estimator=estimator), RosaAdapter(16)
+    with torch.no_grad():
+        soft.o_proj.weight.normal_()
+    plain.load_state_dict(soft.state_dict())
+    u = torch.randn(4, 16)[torch.randint(0, 4, (2, 30))]
+    with torch.no_grad():
+        trained = soft(u, RosaContext())
+    soft.eval()
+    assert torch.equal(soft(u, RosaContext()), trained)  # a gradient is asked for
+    with torch.no_grad():
+        evaluated = soft(u, RosaContext())
+        assert torch.equal(evaluated, plain(u, RosaContext()))
+        assert not torch.allclose(evaluated, trained, atol=1e-3)
+        steps = RosaContext(states=RosaStates())
+        steps.states.advance(2, 30, None)
+        torch.testing.assert_close(soft(u, steps), evaluated)
 
 
 def test_control_never_looks_back():

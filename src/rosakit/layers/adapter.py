@@ -57,7 +57,8 @@ class RosaAdapter(nn.Module):
         hidden_size: width of the model.
         bits: bits per route, 1..16.
         routes: number of routes; None for ``hidden_size // bits``.
-        estimator: gradient estimator by name; see `rosakit.ops.rosa`.
+        estimator: gradient estimator by name; see `rosakit.ops.rosa`. One with a soft forward reads
+            hard in evaluation mode without gradients, as decoding does.
         estimator_options: its options.
         inject: where the result goes; "pre_attn" adds a learned scalar `alpha`.
         unmatched: what a position without match reads: "zero", "self" or "null" (learned).
@@ -182,6 +183,7 @@ class RosaAdapter(nn.Module):
         check_address_options(
             address,
             estimator=estimator,
+            estimator_options=estimator_options or {},
             learned=self.learns_address,
             shared_qk=shared_qk,
             candidates=candidates,
@@ -393,6 +395,9 @@ class RosaAdapter(nn.Module):
             y = self.read_at(v, match.position.expand(-1, self.routes, -1), self.e0, self.e1)
             return y, match
         q, k = self.addresses(u, context) if begun is None else (begun.q, begun.k)
+        options = self.estimator_options
+        if not self.training and not torch.is_grad_enabled():
+            options = registry.hard_options(self.estimator, options)
         return rosa(
             q,
             k,
@@ -411,7 +416,7 @@ class RosaAdapter(nn.Module):
             backend=self.backend,
             given=None if begun is None else begun.ahead,
             return_match=True,
-            **self.estimator_options,
+            **options,
         )
 
     def selection_shares(self, u: Tensor, context: RosaContext) -> tuple[Tensor, Match]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rosakit.errors import InvalidInputError
 
@@ -14,6 +15,7 @@ def check_address_options(
     address: str,
     *,
     estimator: str,
+    estimator_options: Mapping[str, Any],
     learned: bool,
     shared_qk: bool,
     candidates: int,
@@ -32,7 +34,7 @@ def check_address_options(
 
     Args:
         address: "learned", "token" or "hash".
-        estimator: of the gradients; token matches have none to estimate.
+        estimator, estimator_options: of the gradients; fixed addresses have none to estimate.
         learned: whether the addresses have trained projections.
         shared_qk, candidates, far_candidates, length_tiers, select, select_tiers, select_trust,
             select_lens, hash_orders, hash_refine, hash_scale, credit_margin: as in
@@ -41,10 +43,11 @@ def check_address_options(
     Raises:
         InvalidInputError: says which option does not fit and what to use instead.
     """
-    if address == "token" and estimator != "counterfactual":
+    if not learned and (estimator != "counterfactual" or estimator_options):
         raise InvalidInputError(
-            f"estimator={estimator!r} would train the bits of an address, and token matches have "
-            "none; leave estimator at 'counterfactual', or use address='learned'"
+            f"estimator={estimator!r} and its options {dict(estimator_options)} are for bits that "
+            f"learn, and address={address!r} has none that learn; leave both at their defaults, or "
+            "use address='learned' or hash_refine"
         )
     if candidates < 1 or (candidates > 1 and address != "token"):
         raise InvalidInputError(

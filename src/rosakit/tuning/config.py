@@ -233,6 +233,7 @@ class RosaConfig:
         check_address_options(
             self.address,
             estimator=self.estimator,
+            estimator_options=self.all_estimator_options,
             learned=self.learns_address,
             shared_qk=self.shared_qk,
             candidates=self.address_candidates + self.far_count,

@@ -37,10 +37,15 @@ Estimator: TypeAlias = Callable[..., tuple[Tensor, Match]]
 
 _SHARED = ("q", "k", "v", "e0", "e1", "bits", "match", "unmatched", "e_null")
 _estimators: dict[str, Estimator] = {}
+_softened: set[str] = set()
 
 
-def register(name: str) -> Callable[[Estimator], Estimator]:
+def register(name: str, *, softened: bool = False) -> Callable[[Estimator], Estimator]:
     """Decorator that enters an estimator into the table.
+
+    Args:
+        name: its name.
+        softened: its forward is not the hard one, unless `tau` is None or with `straight_through`.
 
     Raises:
         InvalidInputError: the name is taken.
@@ -50,6 +55,8 @@ def register(name: str) -> Callable[[Estimator], Estimator]:
         if name in _estimators:
             raise InvalidInputError(f"an estimator named {name!r} is registered already")
         _estimators[name] = estimator
+        if softened:
+            _softened.add(name)
         return estimator
 
     return enter
@@ -69,6 +76,13 @@ def get(name: str) -> Estimator:
     if name not in _estimators:
         raise InvalidInputError(f"unknown estimator {name!r}; known are {', '.join(names())}")
     return _estimators[name]
+
+
+def hard_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with which the estimator's forward is the hard one, which decodes."""
+    if name not in _softened or options.get("straight_through"):
+        return options
+    return {**options, "tau": None}
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from rosakit.ops.estimators.softened import Align, Mode, softened
 from rosakit.types import Match, Unmatched
 
 
-@register("soft_dp")
+@register("soft_dp", softened=True)
 def soft_dp(
     q: Tensor,
     k: Tensor,

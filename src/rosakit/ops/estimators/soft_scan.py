@@ -15,7 +15,7 @@ from rosakit.ops.estimators.softened import Align, Mode, softened
 from rosakit.types import Match, Unmatched
 
 
-@register("soft_scan")
+@register("soft_scan", softened=True)
 def soft_scan(
     q: Tensor,
     k: Tensor,
