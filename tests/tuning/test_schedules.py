@@ -91,12 +91,15 @@ def config(output, **changes):
 
 
 def test_the_trainer_moves_the_option_and_a_resumed_run_goes_on_with_it(tmp_path, monkeypatch):
-    seen = []
+    seen, measured = [], set()
     from rosakit.ops.estimators import registry, soft_dp
 
     @functools.wraps(soft_dp.soft_dp)
     def watched(*args, **options):
-        seen.append(options["tau"])
+        if torch.is_grad_enabled():
+            seen.append(options["tau"])
+        else:
+            measured.add(options["tau"])
         return soft_dp.soft_dp(*args, **options)
 
     monkeypatch.setitem(registry._estimators, "soft_dp", watched)
@@ -125,6 +128,7 @@ def test_the_trainer_moves_the_option_and_a_resumed_run_goes_on_with_it(tmp_path
 
     whole, taus = run(tmp_path / "whole")
     assert taus == pytest.approx([1.0, 0.25 ** (1 / 3), 0.25 ** (2 / 3), 0.25])
+    assert measured == {None}  # evaluations read hard, as decoding does
     first, some = run(tmp_path / "parts", stop_at=2)
     assert first.interrupted
     assert some[:2] == pytest.approx(taus[:2])
