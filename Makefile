@@ -8,7 +8,7 @@ TEST_FLAGS ?=
 
 SOURCES := CMakeLists.txt README.md $(shell find src cpp -name '*.py' -o -name '*.?pp' -o -name '*.cu*')
 
-.PHONY: help demo test lint types cpp pytest docs bench clean
+.PHONY: help venv demo test lint types cpp pytest docs bench clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
@@ -24,6 +24,8 @@ $(VENV)/.python: requirements/constraints.txt pyproject.toml
 $(VENV)/.rosakit: $(VENV)/.python $(SOURCES)
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps --force-reinstall .
 	touch $@
+
+venv: $(VENV)/.rosakit  ## the environment with rosakit in it, for `. .venv/bin/activate`
 
 demo: $(VENV)/.rosakit  ## window against window + ROSA on SmolLM2-135M, in minutes
 	$(BIN)/python -m rosakit.demo $(DEMO_FLAGS)
@@ -51,7 +53,7 @@ pytest: $(VENV)/.rosakit
 
 docs: $(VENV)/.rosakit  ## build the documentation into site/
 	$(BIN)/python -m pip install -q -c requirements/constraints.txt -r requirements/docs.txt
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.rosakit  ## CPU benchmarks, each case verified before it is timed
 	$(BIN)/python -m benchmarks.cpu

@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import argparse
 
-from transformers.cli.serve import Serve
-from transformers.cli.serving.model_manager import ModelManager, TimedModel
+try:
+    from transformers.cli.serve import Serve
+    from transformers.cli.serving.model_manager import ModelManager, TimedModel
+except ImportError as error:
+    raise SystemExit(f"{error}; serving needs: pip install 'transformers[serving]'") from error
 
 from rosakit.tuning.result import load_any
 

@@ -162,6 +162,15 @@ def test_help_names_every_field(capsys):
     assert "(default: 512)" in shown
 
 
+def test_a_model_that_is_none_leaves_no_folder(tmp_path, capsys):
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}: some words " * 50)
+    common = ("--data", tmp_path, "--output", tmp_path / "run")
+    assert call("tune", "--model", tmp_path / "none", *common) == 2
+    assert "neither a folder" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -131,7 +131,7 @@ def evaluate(
         str,
         typer.Option(
             help="What is measured: perplexity, distance, niah, niah_multi, niah_confusable, mqar, "
-            "copying, efficiency, tasks.",
+            "mqar_lines, short, copying, efficiency, tasks.",
             metavar="NAME,…",
         ),
     ] = "perplexity,niah",
@@ -143,7 +143,8 @@ def evaluate(
         typer.Option(help="A local file with the data of a task.", metavar="TASK=FILE"),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="At most this many prompts a cell and documents a task.")
+        int | None,
+        typer.Option(help="At most this many documents, prompts a cell and documents a task."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",

@@ -383,7 +383,9 @@ class EvaluationResult:
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+            raise CheckpointError(
+                f"cannot read {path}: {error.strerror}; `rosakit eval RUN` writes evaluation.json"
+            ) from error
         except ValueError as error:
             raise CheckpointError(f"{path} is no JSON: {error}") from error
         return cls.from_dict(values)

@@ -72,7 +72,7 @@ def evaluate_runs(
         suites: what is measured, names from `rosakit.evaluate.suites.SUITES`.
         tasks: tasks of lm-eval, measured if "tasks" is among the suites.
         local: by task a local file with its data.
-        limit: at most so many prompts a cell and documents a task; None for no limit.
+        limit: at most so many documents, prompts a cell and documents a task; None for no limit.
         seed: of everything random.
         parts: folder that keeps what is finished, so that an interrupted evaluation goes on.
         dtype: see `rosakit.tuning.sources.load_model`; None for the run's own.
@@ -112,7 +112,8 @@ def evaluate_runs(
         device=config.device if device is None else device,
     )
     longest = sorted((x for x in tokenize(texts, tokenizer) if len(x) > 1), key=len, reverse=True)
-    rows = [ids[:length].tolist() for ids in longest[:documents]]
+    count = documents if limit is None else min(documents, limit)
+    rows = [ids[:length].tolist() for ids in longest[:count]]
     sinks = config.rosa.sink_tokens if config.rosa is not None else 0
     folders = {"rosa": run, "control": control, "full+trained": full}
     plan = Plan(

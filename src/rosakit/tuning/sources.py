@@ -15,7 +15,7 @@ import torch
 
 from rosakit.errors import InvalidInputError, UnsupportedModelError
 
-__all__ = ["load_model", "load_skeleton", "load_tokenizer", "pick_device", "pick_dtype"]
+__all__ = ["load_model", "load_skeleton", "load_tokenizer", "locate", "pick_device", "pick_dtype"]
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
@@ -86,7 +86,7 @@ def load_model(
 
     place = pick_device(device)
     number = pick_dtype(dtype, place)
-    source, gguf_file = _locate(model, gguf_file)
+    source, gguf_file = locate(model, gguf_file)
     options: dict[str, Any] = {"dtype": number}
     if gguf_file is not None:
         from transformers import GgufConfig
@@ -105,7 +105,7 @@ def load_model_config(model: str | os.PathLike[str], gguf_file: str | None = Non
     """The configuration of a model, without its weights; arguments and errors as `load_model`."""
     from transformers import AutoConfig
 
-    source, gguf_file = _locate(model, gguf_file)
+    source, gguf_file = locate(model, gguf_file)
     return _pretrained(AutoConfig, source, {} if gguf_file is None else {"gguf_file": gguf_file})
 
 
@@ -119,7 +119,7 @@ def load_skeleton(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source, gguf_file = _locate(model, gguf_file)
+    source, gguf_file = locate(model, gguf_file)
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     config = _pretrained(AutoConfig, source, options)
     with torch.device("meta"):
@@ -128,7 +128,7 @@ def load_skeleton(
 
 def load_tokenizer(model: str | os.PathLike[str], *, gguf_file: str | None = None) -> Any:
     """The tokenizer of `load_model` alone, with the same arguments and errors."""
-    return _tokenizer(*_locate(model, gguf_file))
+    return _tokenizer(*locate(model, gguf_file))
 
 
 def _tokenizer(source: str, gguf_file: str | None) -> Any:
@@ -153,8 +153,12 @@ def _bars_in_terminals_only() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def _locate(model: str | os.PathLike[str], gguf_file: str | None) -> tuple[str, str | None]:
-    """What `from_pretrained` takes: a folder or a hub name, and the GGUF file inside it."""
+def locate(model: str | os.PathLike[str], gguf_file: str | None = None) -> tuple[str, str | None]:
+    """What `from_pretrained` takes: a folder or a hub name, and the GGUF file inside it.
+
+    Raises:
+        InvalidInputError: nothing of that name can be a model.
+    """
     name = os.fspath(model)
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf" and gguf_file is None:
@@ -180,7 +184,8 @@ def _locate(model: str | os.PathLike[str], gguf_file: str | None) -> tuple[str, 
         return str(path), gguf_file
     if not _HUB_NAME.match(name):
         raise InvalidInputError(
-            f"no such model: {name} is neither a folder nor a hub name (owner/name)"
+            f"no such model: {name} is neither a folder nor a hub name (owner/name), and no .gguf "
+            "file"
         )
     return name, gguf_file
 

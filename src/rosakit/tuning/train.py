@@ -31,7 +31,7 @@ from rosakit.tuning.schedule_callback import ScheduleCallback
 from rosakit.tuning.schedules import read_schedules
 from rosakit.tuning.sealed import FREE
 from rosakit.tuning.settings import TuneConfig
-from rosakit.tuning.sources import load_model
+from rosakit.tuning.sources import load_model, locate
 from rosakit.tuning.streamed import StreamedBlocks, held_out, sources_digest
 from rosakit.tuning.teaching import AddressTeacher
 from rosakit.tuning.trainer import RosaTrainer, StopCallback, last_checkpoint, verify_checkpoint
@@ -101,6 +101,8 @@ def tune(
             "heldout, raise heldout_share, or leave out eval_every and patience"
         )
     _check_reporters(config.report_to)
+    if model is None:
+        locate(config.model, config.gguf_file)  # a name that is none leaves no folder behind
     _make_folder(output)
     if model is None:
         model, tokenizer = load_model(
