@@ -359,7 +359,9 @@ def test_eval_runs_suites_and_report_compares(results, tmp_path, capsys):
         *("--length", "60", "--documents", "2", "--limit", "1", "--device", "cpu"),
     )
     assert call(*arguments) == 0
-    found = json.loads((output / "evaluation.json").read_text())["variants"]
+    evaluation = json.loads((output / "evaluation.json").read_text())
+    assert evaluation["settings"]["documents"] == 1
+    found = evaluation["variants"]
     assert found["rosa"]["distance"]["held-out text"]["min_length"] == 4
     assert len(list((output / "evaluation.parts").iterdir())) == len(found)
     page = tmp_path / "report.html"
