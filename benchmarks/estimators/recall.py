@@ -83,7 +83,7 @@ def run(
         "task": dataclasses.asdict(task),
         "tied_start": trunk.tied_start,
         "steps": training.steps,
-        "accuracy": accuracy(model, chosen, task, training),
+        "accuracy": accuracy(model, task, training),
         "losses_per_50_steps": [round(x, 4) for x in losses],
         "seconds": round(seconds, 2),
         "peak_bytes": peak,
@@ -105,13 +105,11 @@ def build(variant: Variant, seed: int, task: Task, trunk: Trunk) -> Model:
 
 
 @torch.no_grad()
-def accuracy(model: Model, variant: Variant, task: Task, training: Training) -> float:
+def accuracy(model: Model, task: Task, training: Training) -> float:
     """Share of right answers on held-out sequences; the forward is hard, as in decoding."""
     device = model.embed.weight.device
     draw = torch.Generator(device).manual_seed(HELD_OUT_SEED)
-    if variant.estimator.startswith("soft"):
-        for adapter in model.adapters():
-            adapter.estimator_options["tau"] = None
+    model.eval()
     right = torch.zeros((), dtype=torch.int64, device=device)
     total = 0
     for _ in range(math.ceil(training.held_out / training.batch)):

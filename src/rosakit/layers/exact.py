@@ -140,7 +140,7 @@ class ExactMatches:
         if match.position.shape[1] < self.candidates:
             raise InvalidInputError(
                 f"this forward pass found {match.position.shape[1]} candidates, the adapter reads "
-                f"{self.candidates}"
+                f"{self.candidates}; find as many (rosakit.attach does), or build it with fewer"
             )
         if self.candidates == 1 and not self.length_tiers:
             return Match(match.position[:, :1], match.length[:, :1])

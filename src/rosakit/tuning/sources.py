@@ -158,6 +158,7 @@ def locate(model: str | os.PathLike[str], gguf_file: str | None = None) -> tuple
 
     Raises:
         InvalidInputError: nothing of that name can be a model.
+        ModuleNotFoundError: it is a GGUF file, and a package that reads those is missing.
     """
     name = os.fspath(model)
     path = Path(name).expanduser()
