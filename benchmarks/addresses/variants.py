@@ -113,6 +113,7 @@ VARIANTS: dict[str, Variant] = {
     "learned": Variant("learned, 4 bits, tied start (published)", {"bits": 4}, {"qk_lr_scale": 1}),
     "learned-slow": Variant("learned, 4 bits, tied start, 1/30", {"bits": 4}, SLOW),
     "learned-8": Variant("learned, 8 bits, tied start, 1/30", LEARNED, SLOW),
+    "learned-8-full": Variant("… at the rate of the rest", LEARNED, UNTAUGHT),
     "learned-shared": Variant(
         "learned, 8 bits, shared q and k, 1/30", LEARNED | {"shared_qk": True}, SLOW
     ),

@@ -62,6 +62,7 @@ def arms(window: int) -> dict[str, Arm]:
 
     route = Arm("LoRA and token route", sinks, route=16)
     both = Arm("LoRA, token route and recalled spans", recall, route=16)
+    every = tuple(range(64))
     ceiling = Arm("LoRA, full attention: the ceiling", View(None))
     control = Arm("LoRA, nothing retrieved", sinks)
     # What follows an @ in a name holds for its control and ceiling too (see collect.py).
@@ -76,7 +77,13 @@ def arms(window: int) -> dict[str, Arm]:
         "window+sinks": Arm("window and sinks, untrained", sinks, rank=0),
         "recall-untrained": Arm("recalled spans, untrained, no parameters", recall, rank=0),
         "full+trained": ceiling,
-        "full+route": Arm("LoRA and token route, full attention", View(None), route=16),
+        "full+route": replace(route, what="LoRA and token route, full attention", view=View(None)),
+        "full+route-own": replace(
+            route,
+            what="LoRA and token route, own token, full attention",
+            view=View(None),
+            candidates="own",
+        ),
         "control": control,
         "route-own": replace(route, what="LoRA and token route, own token", candidates="own"),
         "route-random": replace(route, what="LoRA and token route, random", candidates="random"),
@@ -112,9 +119,10 @@ def arms(window: int) -> dict[str, Arm]:
         "adapters-own": replace(bits, what="LoRA and own value, same parameters", retrieve=False),
         "adapters": bits,
         "adapters-token": token,
-        "adapters-token-all": replace(
-            token, what=f"{token.what}, in all layers", adapters=tuple(range(64))
+        "adapters-own-all": replace(
+            bits, what="LoRA and own value, in all layers", adapters=every, retrieve=False
         ),
+        "adapters-token-all": replace(token, what=f"{token.what}, in all layers", adapters=every),
         "adapters-token-bit1": replace(
             token, what=f"{token.what}, 1 bit", options=(*token.options, ("bits", 1))
         ),
@@ -144,6 +152,9 @@ def arms(window: int) -> dict[str, Arm]:
         "adapters-untied": learned("queries and keys start apart", tied_start=False),
         "adapters-shared": learned("one projection of queries and keys", shared_qk=True),
         # Other estimators cost more a route: all of them, and their reference, with 16.
+        "adapters-own-routes16": replace(
+            learned("own value instead, 16 routes", routes=16), retrieve=False
+        ),
         "adapters-routes16": learned("counterfactual, 16 routes", routes=16),
         "adapters-suffix": learned(
             "suffix_attention, 16 routes", estimator="suffix_attention", routes=16

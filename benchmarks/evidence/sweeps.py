@@ -45,18 +45,18 @@ GROUPS = (
     Group("bit routes", ("adapters-own", "adapters", "adapters-token")),
     Group(
         "estimators, 16 routes",
-        ("adapters-routes16", "adapters-suffix", "adapters-soft-scan", "adapters-soft-dp",
-         "adapters-bitflip"),
+        ("adapters-own-routes16", "adapters-routes16", "adapters-suffix", "adapters-soft-scan",
+         "adapters-soft-dp", "adapters-bitflip"),
     ),
     Group("queries and keys", ("adapters-untied", "adapters-shared")),
     Group("bits a route", ("adapters-bit1", "adapters-bit8", "adapters-token-bit1",
                            "adapters-token-bit8")),
-    Group("layers with adapters", ("adapters-token-all",)),
+    Group("layers with adapters", ("adapters-own-all", "adapters-token-all")),
     Group("LoRA of rank 4", ("control@rank4", "full+trained@rank4", "rosa@rank4")),
     Group("LoRA of rank 64", ("control@rank64", "full+trained@rank64", "rosa@rank64")),
     Group("without LoRA", ("adapters-own-alone", "adapters-token-alone", "route-only",
                            "route+own")),
-    Group("added to what already sees far", ("full+route", "rosa+adapters")),
+    Group("added to what already sees far", ("full+route-own", "full+route", "rosa+adapters")),
     Group("controls at window 256", ("recall-random", "route-near", "adapters-own",
                                      "adapters-token", "rosa+hide100"), 256),
     Group("2M tokens", _BUDGET, tokens=2 * TOKENS),
@@ -71,7 +71,7 @@ def _plan(millions: int, seeds: tuple[int, ...]) -> tuple[Planned, ...]:
     )
 
 
-SWEEP = (*_plan(1, (0, 1)), *_plan(2, (0, 1)), *_plan(1, (2,)))
+SWEEP = (*_plan(1, (0, 1, 2)), *_plan(2, (0, 1, 2)))
 
-LONG = _plan(4, (1, 2))
-"""The longest budget of the main table, which has seed 0 of it."""
+LONG = _plan(4, (0, 1, 2))
+"""The longest budget: apart, so that other processes can begin these runs first."""
