@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 __all__ = ["attend", "blocks_of", "padded"]
 
@@ -34,27 +34,11 @@ def blocks_of(mask: Tensor) -> BlockMask:
         mask: one row for all sequences, or one each; T a multiple of the block's size.
     """
     rows, length, _ = mask.shape
-    count = length // SIZE
-    tiles = mask.view(rows, count, SIZE, count, SIZE)
-    some, full = tiles.any(4).any(2)[:, None], tiles.all(4).all(2)[:, None]
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return mask[b if rows > 1 else b * 0, i, j]
 
-    return BlockMask.from_kv_blocks(
-        *_listed(some & ~full),
-        *_listed(full),
-        BLOCK_SIZE=SIZE,
-        mask_mod=seen,
-        seq_lengths=(length, length),
-    )
-
-
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of blocks in each row, and their places in front of all others."""
-    chosen = blocks.to(torch.int32)
-    order = chosen.argsort(dim=-1, descending=True, stable=True)
-    return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)
+    return create_block_mask(seen, rows, None, length, length, device=mask.device, BLOCK_SIZE=SIZE)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask, scale: float | None) -> Tensor:
