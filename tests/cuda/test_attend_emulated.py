@@ -65,7 +65,8 @@ class Emulated:
     def _call(self, backward, tables, rest, form):
         q, k, w = tables
         per_lane = attend.diagonals(q, w, form, backward=backward)
-        library = emulated.build("attend", **attend.macros(q, w, form, backward=backward))
+        source = "attend_backward" if backward else "attend_forward"
+        library = emulated.build(source, **attend.macros(q, w, form, backward=backward))
         kept = [q.contiguous(), attend.permuted(k, per_lane), attend.permuted(w, per_lane), *rest]
         assert all(x is None or x.is_contiguous() for x in kept)
         numbers = [kind(value) for value, kind in attend.numbers(form, self.count)]

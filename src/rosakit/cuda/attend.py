@@ -69,7 +69,6 @@ def macros(q: Tensor, w: Tensor, form: Mapping[str, Any], *, backward: bool) -> 
     """What a kernel is compiled for: sizes, switches of the form, registers."""
     per_lane, resident = _chosen(q, w, form, backward)
     return {
-        "BACKWARD": int(backward),
         "M": q.shape[2],
         "V": w.shape[2],
         "P": per_lane,
@@ -165,4 +164,4 @@ def _kernel(q: Tensor, w: Tensor, form: Mapping[str, Any], *, backward: bool) ->
     name = "attend_backward" if backward else "attend_forward"
     with torch.cuda.device(q.device):
         chosen = macros(q, w, form, backward=backward)
-        return compile.load(("attend.cu",), (name,), chosen, q.device)[name]
+        return compile.load(("diagonals.cuh", f"{name}.cu"), (name,), chosen, q.device)[name]

@@ -3,7 +3,7 @@
 One program is one warp. It owns strips of ``BD`` neighbouring diagonals ``d = i - j`` of one stream
 and marches down the rows: lane ``x`` holds the recurrence of diagonal ``d0 + x`` in registers, so
 no state ever crosses lanes. WINDOWED evidence follows the recurrences that head
-`cuda/kernels/attend.cu`. Streams are ``[H, T, M]`` in float32 with T padded to whole segments and
+`cuda/kernels/diagonals.cuh`. Streams are ``[H, T, M]`` in float32 with T padded to whole segments and
 M to whole vectors of CH, behind a margin that lanes left of the stream may read; logits in base 2.
 """
 
