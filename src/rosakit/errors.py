@@ -42,7 +42,7 @@ _warned: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """Warn once per process: for fallbacks to something slower, which must never be silent."""
+    """Warn once per process: of fallbacks to something slower, and of options that gain nothing."""
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)

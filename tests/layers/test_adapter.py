@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rosakit import errors
 from rosakit.errors import InvalidInputError
 from rosakit.layers import RosaAdapter, RosaContext, RosaStates
 from rosakit.layers.token_match import best_successors
@@ -188,3 +189,22 @@ def test_token_address_respects_min_length():
 def test_bad_options(options, message):
     with pytest.raises(InvalidInputError, match=message):
         RosaAdapter(16, **options)
+
+
+def test_runs_of_one_bit_say_nothing_but_the_last_symbol(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randint(0, 2, (2, 1, 1, 200), generator=generator, dtype=torch.uint8)
+    found = suffix_match(q, k, granularity="run").position[0, 0].tolist()
+    starts = [i for i in range(200) if i == 0 or k[0, 0, i] != k[0, 0, i - 1]]
+    runs = 0  # of the query so far
+    for i in range(200):
+        runs += i == 0 or bool(q[0, 0, i] != q[0, 0, i - 1])
+        # Runs alternate, so all that end alike agree as far back as there are runs.
+        known = sum(start <= i for start in starts)
+        alike = [e for e in range(known - 1) if k[0, 0, starts[e]] == q[0, 0, i]]
+        longest = max((min(e + 1, runs) for e in alike), default=0)
+        last = [e for e in alike if min(e + 1, runs) == longest]
+        assert found[i] == (starts[last[-1] + 1] if last else -1)
+    monkeypatch.setattr(errors, "_warned", set())
+    with pytest.warns(RuntimeWarning, match="runs of one bit alternate"):
+        RosaAdapter(8, bits=1, granularity="run")

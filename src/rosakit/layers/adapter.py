@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rosakit import symbols
-from rosakit.errors import InvalidInputError
+from rosakit.errors import InvalidInputError, warn_once
 from rosakit.layers.address_options import check_address_options
 from rosakit.layers.context import RosaContext
 from rosakit.layers.credit import credit_margin
@@ -199,6 +199,11 @@ class RosaAdapter(nn.Module):
             credit_margin=credit_margin,
         )
         check_match_options(granularity, successor, max_length, min_length, bits, backend)
+        if granularity == "run" and bits == 1:
+            warn_once(
+                "rosakit: granularity='run' with bits=1: runs of one bit alternate, so every route "
+                "reads by its last symbol alone; use granularity='token', or more bits a route"
+            )
         self.hidden_size, self.bits, self.routes = hidden_size, bits, routes
         self.estimator, self.estimator_options = estimator, dict(estimator_options or {})
         self.inject, self.unmatched = inject, unmatched
