@@ -61,8 +61,9 @@ def arms(window: int) -> dict[str, Arm]:
         return replace(bits, what=f"LoRA, learned bit routes: {what}", options=(*options.items(),))
 
     route = Arm("LoRA and token route", sinks, route=16)
+    route_own = replace(route, what="LoRA and token route, own token", candidates="own")
     both = Arm("LoRA, token route and recalled spans", recall, route=16)
-    every = tuple(range(64))
+    every = tuple(range(64))  # those that the model has
     ceiling = Arm("LoRA, full attention: the ceiling", View(None))
     control = Arm("LoRA, nothing retrieved", sinks)
     # What follows an @ in a name holds for its control and ceiling too (see collect.py).
@@ -79,13 +80,10 @@ def arms(window: int) -> dict[str, Arm]:
         "full+trained": ceiling,
         "full+route": replace(route, what="LoRA and token route, full attention", view=View(None)),
         "full+route-own": replace(
-            route,
-            what="LoRA and token route, own token, full attention",
-            view=View(None),
-            candidates="own",
+            route_own, what=f"{route_own.what}, full attention", view=View(None)
         ),
         "control": control,
-        "route-own": replace(route, what="LoRA and token route, own token", candidates="own"),
+        "route-own": route_own,
         "route-random": replace(route, what="LoRA and token route, random", candidates="random"),
         "route-near": replace(route, what="LoRA and token route, window only", candidates="near"),
         "route": route,
@@ -103,7 +101,7 @@ def arms(window: int) -> dict[str, Arm]:
         "rosa-half": replace(
             both,
             what="the same, every other layer",
-            view=replace(recall, layers=tuple(range(0, 64, 2))),
+            view=replace(recall, layers=every[::2]),
         ),
         # Spans hidden in a share of the batches; in all of them the spans join in evaluation only.
         "rosa+hide25": replace(both, what=f"{both.what}, spans hidden in 25%", hide=0.25),

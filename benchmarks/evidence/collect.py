@@ -77,7 +77,7 @@ def collect(work: Path, output: Path, *, model: str) -> dict[str, Any]:
     summary["sizes"], summary["tasks"] = first["sizes"], first["tasks"]
     summary["runs"] = [
         {k: run[k] for k in ("arm", "seed")}
-        | {"window": run["sizes"]["window"]}
+        | {"window": run["sizes"]["window"], "commit": run["environment"]["commit"]}
         | {
             k: run["training"].get(k)
             for k in ("tokens", "seconds", "seconds_measuring", "extra_keys", "losses")

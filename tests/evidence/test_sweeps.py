@@ -14,7 +14,7 @@ from benchmarks.evidence.arms import arms
 from benchmarks.evidence.plan import PLAN, TOKENS
 from benchmarks.evidence.sweep_figure import draw_sweeps
 from benchmarks.evidence.sweeps import GROUPS, LONG, SWEEP
-from benchmarks.evidence.tables import sweeps
+from benchmarks.evidence.tables import markdown, sweeps
 from benchmarks.evidence.train import Learner, Sizes
 
 from tests.tuning import texts
@@ -109,6 +109,16 @@ def test_published_sweeps_are_whole_seeds_beside_their_references():
     cut_off = {("adapters-bit1", 512, 0)}
     begun = {(planned[run], run[2]) for run in runs}
     assert {run for run in planned if (planned[run], run[2]) in begun} - runs == cut_off
+
+
+def test_the_page_shows_the_tables_of_the_results():
+    results = Path(__file__).parents[2] / "docs/results"
+    page = set((results / "evidence.md").read_text(encoding="utf-8").splitlines())
+    for name, tables in (("summary.json", markdown), ("sweep/summary.json", sweeps)):
+        summary = json.loads((results / "evidence" / name).read_text(encoding="utf-8"))
+        rows = [line for line in tables(summary).splitlines() if line.startswith("|")]
+        assert len(rows) > 50
+        assert set(rows) <= page
 
 
 def test_the_first_runs_of_a_plan_are_taken_at_another_budget(tmp_path, monkeypatch):

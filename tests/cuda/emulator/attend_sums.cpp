@@ -11,7 +11,6 @@
 #define PACKED 0
 #define DROPOUT 0
 #define WINDOWED 0
-#define RESIDENT 1
 #include "diagonals.cuh"
 
 extern "C" void emulate_sums(const float* values, float* sums, int* slots) {

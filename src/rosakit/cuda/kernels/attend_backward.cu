@@ -1,4 +1,4 @@
-// Gradients of the pairwise forms, after diagonals.cuh.
+// Gradients of the pairwise forms; diagonals.cuh is compiled in front of it.
 
 struct Backward {
   const float *q, *k, *w, *g, *lse, *delta;

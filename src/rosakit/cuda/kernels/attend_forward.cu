@@ -1,4 +1,4 @@
-// Softmax statistics of the pairwise forms, after diagonals.cuh.
+// Softmax statistics of the pairwise forms; diagonals.cuh is compiled in front of it.
 
 __device__ __forceinline__ float worst(const float (&x)[P]) {
   float most = x[0];
