@@ -73,7 +73,6 @@ def collect(work: Path, output: Path, *, model: str) -> dict[str, Any]:
     first = next((r for r in runs if r["sizes"]["tokens"] == usual), runs[0])
     summary["not_finished"] = len(found) - len(runs)
     summary |= {k: first["environment"][k] for k in ("hardware", "versions", "date", "commit")}
-    summary["commits"] = sorted({str(run["environment"]["commit"]) for run in runs})
     summary["sizes"], summary["tasks"] = first["sizes"], first["tasks"]
     summary["runs"] = [
         {k: run[k] for k in ("arm", "seed")}

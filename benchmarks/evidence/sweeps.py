@@ -1,4 +1,4 @@
-"""Sweeps: one choice varied at a time, beside references trained in the same run.
+"""Sweeps: one choice varied at a time, beside references trained alike.
 
 Each group is one question; its reference stands in it, or among the first group's. The plan asks
 the questions in the order of their importance, one seed of all before the second of any, and longer
@@ -74,4 +74,4 @@ def _plan(millions: int, seeds: tuple[int, ...]) -> tuple[Planned, ...]:
 SWEEP = (*_plan(1, (0, 1, 2)), *_plan(2, (0, 1, 2)))
 
 LONG = _plan(4, (0, 1, 2))
-"""The longest budget: apart, to be begun first. Begun late, these runs would not end."""
+"""The longest budget: apart, to be begun first. Begun late, these runs would not end in time."""
